@@ -1,0 +1,44 @@
+"""The site is built offline, every page rendered and every link and anchor followed; the README is what the first page gives."""
+import json, shutil, signal, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+from effpt.book import contents, readme, sidebar, site
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_site(tmp_path):
+    start = time.monotonic()
+    made = site(tmp_path/'site', ROOT)      # raises on a page that cannot be rendered, a formula that cannot be read, a broken link
+    count = sum(len(g.pages) for g in contents(ROOT))
+    print(f'{count} pages in {time.monotonic() - start:.1f} s')
+    assert len(list(made.rglob('*.html'))) == count
+
+
+def test_sidebar_names_every_page():
+    text = sidebar(ROOT).read_text()
+    for group in contents(ROOT):
+        for page, title in group.pages: assert page.as_posix() in text and title
+
+
+def test_readme_is_fresh():
+    assert (ROOT/'README.md').read_text() == readme(ROOT, write=False), 'README.md is not what nbs/index.ipynb gives: run effpt.book.readme()'
+
+
+def test_quarto_reads_the_file_at_the_top():
+    link = ROOT/'nbs'/'_quarto.yml'
+    assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'
+
+
+def test_preview_serves_the_site_to_this_machine(tmp_path):
+    (tmp_path/'nbs').mkdir()
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    cell = dict(cell_type='markdown', id='a', metadata={}, source='# A page\n\n> With a summary.')
+    (tmp_path/'nbs'/'index.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    code = 'from effpt.book import preview; preview(port=0)'
+    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline()
+        assert line.startswith('The book is at http://127.0.0.1:'), line
+        assert '<h1>A page</h1>' in urllib.request.urlopen(line.split()[4].rstrip(';'), timeout=20).read().decode()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
