@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'STYLE', 'PARTS', 'PRELOAD', 'FROM', 'png', 'figures', 'home', 'pages', 'Ended', 'forked', 'Ran',
            'run_page', 'Page', 'broken_links', 'Group', 'contents', 'sidebar', 'site', 'preview', 'readme']
 
-# %% ../nbs/13_book.ipynb #5fbdedcb
-import faulthandler, functools, html, io, multiprocessing, os, re, shutil, signal, sys, tempfile, time, traceback
+# %% ../nbs/13_book.ipynb #c2160653
+import faulthandler, functools, html, io, json, multiprocessing, os, re, shutil, signal, sys, tempfile, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -40,9 +40,9 @@ STYLE = {
     'lines.linewidth': 1.6, 'lines.markersize': 4.5, 'legend.frameon': False, 'legend.fontsize': 8.5, 'image.cmap': 'viridis',
 }
 
-# %% ../nbs/13_book.ipynb #ef7bac25
+# %% ../nbs/13_book.ipynb #33c1dd7f
 def figures(
-    **rc,   # matplotlib settings that this page wants otherwise, with _ for the dot: figure_figsize=(8, 3)
+    **rc,   # matplotlib settings that this page wants otherwise: figure_figsize=(8, 3) for figure.figsize
 ):
     "Give the figures of this page the look of the book, and make them small."
     import matplotlib.pyplot as plt
@@ -52,7 +52,7 @@ def figures(
         plt.switch_backend('module://matplotlib_inline.backend_inline')
         for kind in shell.display_formatter.formatters.values(): kind.pop(Figure, None)
         shell.display_formatter.formatters['image/png'].for_type(Figure, png)
-    changes = {name.replace('_', '.', 1): value for name, value in rc.items()}
+    changes = {name if '.' in name else name.replace('_', '.', 1): value for name, value in rc.items()}
     plt.rcParams.update(STYLE | {'axes.prop_cycle': plt.cycler(color=COLOURS)} | changes)
 
 # %% ../nbs/13_book.ipynb #57383eee
@@ -80,9 +80,9 @@ def pages(
     found = [p.relative_to(nbs) for p in nbs.rglob('*.ipynb')]
     return [nbs/p for p in sorted((p for p in found if not any(s[0] in '._' for s in p.parts)), key=_place)]
 
-# %% ../nbs/13_book.ipynb #6baa53c3
+# %% ../nbs/13_book.ipynb #3d241015
 PRELOAD = ['effpt_kernels', 'torch', 'torch._dynamo', 'matplotlib.backends.backend_agg', 'matplotlib_inline.backend_inline',
-           'nbdev.test', 'nbdev.processors']   # effpt_kernels first: it must speak before anything imports triton
+           'nbdev.test', 'nbdev.processors', 'effpt.book']   # effpt_kernels first: it must speak before anything imports triton
 
 @functools.cache
 def _server():
@@ -233,7 +233,7 @@ def _cell(cell):
     results = [] if options.get('output') == 'false' else [_output(o, options) for o in cell.get('outputs', [])]
     return '' if options.get('include') == 'false' else '\n\n'.join(x for x in (shown, *results) if x)
 
-# %% ../nbs/13_book.ipynb #5ea75f64
+# %% ../nbs/13_book.ipynb #cfb6d3e6
 class Page(NamedTuple):
     "A page ready for pandoc."
     title: str
@@ -246,6 +246,7 @@ def _process(path):
     from execnb.nbio import read_nb
     from nbdev.processors import FilterDefaults
     page = read_nb(path)
+    if page.cells[-1].source.startswith('#| exports'): raise InputError(f'{path.name} ends with an exported cell, which nbdev trips over: end with text.')
     FilterDefaults()(page)
     cells = [c for c in page.cells if not (c.source or '').startswith('<!-- WARNING')]
     front = yaml.safe_load(cells[0].source.strip().strip('-')) if cells and cells[0].cell_type == 'raw' else {}
@@ -320,7 +321,7 @@ def broken_links(
             if not ok: bad.append(f'{page.relative_to(site)}: {link}')
     return bad
 
-# %% ../nbs/13_book.ipynb #23af6ace
+# %% ../nbs/13_book.ipynb #52db6d69
 class Group(NamedTuple):
     "A part of the sidebar: the spine has no title."
     title: str
@@ -328,7 +329,6 @@ class Group(NamedTuple):
 
 def _title(path):
     "The title of a notebook, from its first cell."
-    import json
     first = next(iter(json.loads(path.read_text())['cells']), {'source': ''})
     found = re.search(r'^# +(.+?)\s*$', ''.join(first['source']), re.MULTILINE)
     return found[1] if found else path.stem
@@ -355,7 +355,7 @@ def sidebar(root=None) -> Path:
     write_file(path, yaml.safe_dump({'website': {'sidebar': {'contents': items}}}, sort_keys=False))
     return path
 
-# %% ../nbs/13_book.ipynb #cccddf7e
+# %% ../nbs/13_book.ipynb #af046385
 _LAYOUT = '''
 :root { --ink: #23282e; --soft: #667079; --line: #e3e6ea; --blue: #2459a6; --back: #f7f8fa; }
 * { box-sizing: border-box; }
@@ -363,7 +363,7 @@ html { scroll-padding-top: 1rem; }
 body { margin: 0; color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif;
   display: grid; grid-template-columns: 12.5rem minmax(0, 1fr) 12.5rem; max-width: 84rem; margin: 0 auto; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; }
-nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding: 1.6rem 1rem; font-size: .86rem; line-height: 1.45; }
+nav { position: sticky; top: 0; scrollbar-width: thin; align-self: start; max-height: 100vh; overflow-y: auto; padding: 1.6rem 1rem; font-size: .86rem; line-height: 1.45; }
 nav.book { border-right: 1px solid var(--line); min-height: 100vh; }
 nav .name { font-size: 1.25rem; font-weight: 700; color: var(--ink); display: block; margin: 0 .5rem .9rem; }
 nav b { display: block; margin: 1.1rem .5rem .2rem; font-size: .74rem; letter-spacing: .06em; text-transform: uppercase; color: var(--soft); }
@@ -404,7 +404,7 @@ math[display="block"] { margin: .9rem 0; overflow-x: auto; } math { font-size: 1
 pre > code.sourceCode > span > a:first-child { color: inherit; }
 '''
 
-# %% ../nbs/13_book.ipynb #05a692a2
+# %% ../nbs/13_book.ipynb #3d25b084
 def _link(to, page, text, kind=''):
     "A link from `page` to the page `to`, both relative to nbs/."
     href = os.path.relpath(_html_name(to), page.parent).replace(os.sep, '/')
@@ -415,17 +415,19 @@ def _frame(page, text, ready, groups):
     home = Path('index.ipynb')   # behind the name, above the list
     book = ''.join((f'<b>{html.escape(g.title)}</b>' if g.title else '') +
                    ''.join(_link(p, page, t, 'here' if p == page else '') for p, t in g.pages if p != home) for g in groups)
-    here = ''.join(f'<a class="h{level}" href="#{id}">{html.escape(t)}</a>' for level, id, t in _Anchors(text).heads)
+    breakable = lambda name: re.sub('([._])', r'\1<wbr>', html.escape(name))
+    here = ''.join(f'<a class="h{level}" href="#{id}">{breakable(name)}</a>' for level, id, name in _Anchors(text).heads)
     order = [pt for g in groups for pt in g.pages]
     i = [p for p, _ in order].index(page)
     before = _link(order[i-1][0], page, f'← {order[i-1][1]}') if i else ''
     after = _link(order[i+1][0], page, f'{order[i+1][1]} →') if i + 1 < len(order) else ''
+    summary = re.sub('`([^`]+)`', r'<code>\1</code>', html.escape(ready.summary))
     style = os.path.relpath('book.css', page.parent).replace(os.sep, '/')
     return f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(ready.title)} – effpt</title><link rel="stylesheet" href="{style}"></head>
 <body><nav class="book">{_link(home, page, "effpt", "name")}{book}</nav>
-<main><h1>{html.escape(ready.title)}</h1><p class="summary">{html.escape(ready.summary)}</p>
+<main><h1>{html.escape(ready.title)}</h1><p class="summary">{summary}</p>
 {text}
 <footer><span>{before}</span><span>{after}</span></footer></main>
 <nav class="page">{f"<b>On this page</b>{here}" if here else ""}</nav></body></html>
@@ -448,7 +450,11 @@ def _render(say, path, root, out, groups):
             shutil.copyfile(source, copy)
     file.write_text(_frame(page, _relink(text, page, address), ready, groups))
 
-# %% ../nbs/13_book.ipynb #a50ad7fa
+# %% ../nbs/13_book.ipynb #287eea8b
+def _short(error):
+    "A traceback without the places it went through, which lie in nbdev and IPython."
+    return '\n'.join(line for line in error.splitlines() if line.strip() and not line.startswith((' ', 'Traceback', 'The above')))
+
 def site(
     out=None,     # folder for the site; _docs in the clone where not given
     root=None,    # the clone; found from the current folder where not given
@@ -465,20 +471,21 @@ def site(
     write_file(out/'book.css', _LAYOUT + _CONTENT)
     with ThreadPoolExecutor(n) as pool:
         ends = list(pool.map(lambda p: forked(_render, p, root, out, groups, timeout=timeout, IN_TEST='1'), todo))
-    bad = [f'{p.relative_to(root)}, {e.at or "start"}: {e.value}' for p, e in zip(todo, ends) if e.how != 'done']
+    bad = [f'{p.relative_to(root)}, {e.at or "start"}: {_short(e.value)}' for p, e in zip(todo, ends) if e.how != 'done']
     settings = Config(root, 'settings.ini')
     bad = bad or broken_links(out, root, f'{settings.git_url}/blob/{settings.branch}')
     if bad: raise InputError('The site is not in order:\n' + '\n'.join(bad))
     return out
 
-# %% ../nbs/13_book.ipynb #f618b12c
+# %% ../nbs/13_book.ipynb #776b9970
 def preview(
-    port=8000,   # on 127.0.0.1
+    port=8000,   # on 127.0.0.1; 0 takes one that is free
     out=None,    # folder for the site; _docs in the clone where not given
+    root=None,   # the clone; found from the current folder where not given
 ):
     "Build the site, then serve it at http://127.0.0.1:port until Ctrl-C."
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-    folder = site(out)
+    folder = site(out, root)
     with ThreadingHTTPServer(('127.0.0.1', port), functools.partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
         print(f'The book is at http://127.0.0.1:{server.server_port}/index.html; Ctrl-C ends.', flush=True)
         try: server.serve_forever()

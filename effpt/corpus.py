@@ -8,13 +8,13 @@ __all__ = ['SCHEMA', 'BLOCK', 'PACKAGES', 'SKIP', 'TOPICS', 'TEXT', 'ROWS', 'COD
            'batches', 'corpus_fingerprint', 'summary', 'table', 'python_files', 'docstrings', 'reference', 'extract',
            'distinct', 'hashed_order', 'built_in', 'kind', 'Rules', 'too_long', 'is_gz', 'opened', 'lines', 'decoded',
            'scrubbed', 'text_documents', 'missing', 'joined', 'json_rows', 'parquet', 'as_bytes', 'parquet_rows',
-           'finished', 'file_rows', 'is_binary', 'find_files', 'with_text', 'from_files', 'from_dataset', 'from_hub',
-           'named_sets', 'load', 'words', 'content_key', 'shingles', 'Index', 'shingle_index', 'hits', 'contained',
-           'Split', 'split']
+           'finished', 'file_rows', 'is_binary', 'find_files', 'with_text', 'replaced', 'from_files', 'from_dataset',
+           'from_hub', 'named_sets', 'load', 'words', 'content_key', 'shingles', 'Index', 'shingle_index', 'hits',
+           'contained', 'Split', 'split']
 
-# %% ../nbs/00_corpus.ipynb #92057aa8
-import ast, contextlib, gc, gzip, hashlib, importlib.util, itertools, json, math, multiprocessing, os, re, shutil, sys, sysconfig, tempfile
-import warnings, zlib
+# %% ../nbs/00_corpus.ipynb #14822312
+import ast, contextlib, errno, gc, gzip, hashlib, importlib.util, itertools, json, math, multiprocessing, os, re, shutil, sys, sysconfig, tempfile
+import textwrap, time, warnings, zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def sealed(
         return meta if all(file_hash(folder/name) == h for name, h in meta['files'].items()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
 
-# %% ../nbs/00_corpus.ipynb #a34c2d9c
+# %% ../nbs/00_corpus.ipynb #1003a64e
 @contextlib.contextmanager
 def seal(
     folder,      # where it shall be
@@ -104,10 +104,21 @@ def seal(
                 with open(f, 'rb+') as file: os.fsync(file.fileno())
             meta['files'] = {f.name: file_hash(f) for f in sorted(part.iterdir())}
             write_file(part/'meta.json', json.dumps(meta, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
+            _settle(part, folder)
             sync_folder(folder.parent)
         finally: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/00_corpus.ipynb #9bf0b743
+def _settle(part, folder):
+    for old in folder.parent.glob('.*.part'):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 86_400: shutil.rmtree(old)
+    for _ in range(3):
+        try: return os.replace(part, folder)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+            if sealed(folder): return
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/00_corpus.ipynb #76a0a4eb
 SCHEMA = pa.schema([(name, pa.string()) for name in ('text', 'domain', 'source', 'date')])
@@ -346,20 +357,19 @@ def opened(
     except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise InputError(f'{path} is damaged or cut short ({e}): make it again.') from e
     except (FileNotFoundError, PermissionError) as e: raise InputError(f'{path} cannot be opened ({e.strerror}): check its name and rights.') from e
 
-# %% ../nbs/00_corpus.ipynb #e1641538
+# %% ../nbs/00_corpus.ipynb #840b6feb
 def lines(
     path,        # a file
     limit: int,  # bytes of the longest line
 ):  # yields (line number, bytes)
     "The lines of a file; raises `InputError` for one that is too long."
     with opened(path) as file:
-        number = 0
-        while line := file.readline(limit + 3):
-            number += 1
-            if number == 1: line = line.removeprefix(b'\xef\xbb\xbf')
+        for at in itertools.count(1):
+            if not (line := file.readline(limit + 3)): return
+            if at == 1: line = line.removeprefix(b'\xef\xbb\xbf')
             line = line.replace(b'\r\n', b'\n')
-            if len(line) > limit + 1: raise too_long(f'{path}: line {number}', limit)
-            yield number, line
+            if len(line) - line.endswith(b'\n') > limit: raise too_long(f'{path}: line {at}', limit)
+            yield at, line
 
 # %% ../nbs/00_corpus.ipynb #655fb00a
 def decoded(
@@ -386,7 +396,7 @@ def scrubbed(text: str, path, line: int, rules: Rules) -> str:
         text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text
 
-# %% ../nbs/00_corpus.ipynb #f01a6cec
+# %% ../nbs/00_corpus.ipynb #01e50dec
 LONG = 64_000  # bytes
 
 def text_documents(
@@ -397,24 +407,26 @@ def text_documents(
     size = os.path.getsize(path) * (4 if is_gz(path) else 1)
     piece = LONG if size <= LONG else min(LONG, max(2_000, size // 512))
     held, n, first = [], 0, 1
-    for number, line in lines(path, rules.limit):
+    for at, line in lines(path, rules.limit):
         if held and (n >= piece and not line.strip() or n + len(line) > LONG):
             yield first, b''.join(held)
             held, n = [], 0
         if held or line.strip():
-            if not held: first = number
+            if not held: first = at
             held.append(line)
             n += len(line)
     if held: yield first, b''.join(held)
 
-# %% ../nbs/00_corpus.ipynb #bcced416
+# %% ../nbs/00_corpus.ipynb #cee65ee8
 def missing(
     column: str,  # what was asked for
     columns,      # what there is
     where,        # file and row
 ) -> InputError:
     "The error for a column that is not there."
-    return InputError(f"{where} has no column '{column}'{suggest(column, columns)}; it has {', '.join(sorted(map(str, columns)))}: choose with column=, several joined by commas.")
+    near = suggest(column, columns)
+    there = '' if near.startswith(';') else f"; there are {', '.join(sorted(map(str, columns)))}"
+    return InputError(f"{where} has no column '{column}'{near}{there}: choose with column=, several joined by commas.")
 
 def joined(
     row: dict,    # column -> value
@@ -427,18 +439,18 @@ def joined(
         if not isinstance(row[c], str | None): raise InputError(f"{where}: column '{c}' holds a {type(row[c]).__name__}, not text: name another with column=.")
     return '\n\n'.join(row[c] for c in rules.columns if row[c])
 
-# %% ../nbs/00_corpus.ipynb #896e6a62
+# %% ../nbs/00_corpus.ipynb #113f0a4b
 def json_rows(
     path,  # a file
     rules: Rules,
 ):  # yields (line, row)
     "The rows of a JSON lines file."
-    for number, line in lines(path, rules.limit):
+    for at, line in lines(path, rules.limit):
         if not line.strip(): continue
-        try: row = json.loads(decoded(line, path, number, rules))
-        except json.JSONDecodeError as e: raise InputError(f'{path}:{number} is not valid JSON ({e.msg} at column {e.colno}): mend or remove the line.') from e
-        if not isinstance(row, dict): raise InputError(f'{path}:{number} is not an object with columns: write {{"text": ...}}.')
-        yield number, row
+        try: row = json.loads(decoded(line, path, at, rules))
+        except json.JSONDecodeError as e: raise InputError(f'{path}:{at} is not valid JSON ({e.msg}, column {e.colno}): mend or remove the line.') from e
+        if not isinstance(row, dict): raise InputError(f'{path}:{at} is not an object with columns: write {{"text": ...}}.')
+        yield at, row
 
 # %% ../nbs/00_corpus.ipynb #cc7c3450
 EXTRA = 'domain', 'source', 'date'  # columns that are kept where a file has them
@@ -460,27 +472,25 @@ def as_bytes(column, where):
         raise InputError(f'{where} holds {column.type}, not text: name another with column=.')
     return column.cast(pa.large_binary())
 
-# %% ../nbs/00_corpus.ipynb #3e94d9de
+# %% ../nbs/00_corpus.ipynb #143cde73
 def parquet_rows(
     path,  # a file
     rules: Rules,
-):  # yields (row, counted from 1, row)
+):  # yields (row counted from 1, row)
     "The rows of a Parquet file."
     with parquet(path) as file:
-        names = file.schema_arrow.names
+        names, count = file.schema_arrow.names, itertools.count(1)
         for c in rules.columns:
             if c not in names: raise missing(c, names, path)
-        extra, number = [c for c in EXTRA if c in names and c not in rules.columns], 0
+        extra = [c for c in EXTRA if c in names and c not in rules.columns]
         for batch in file.iter_batches(64, columns=rules.columns + extra):
             texts = {c: as_bytes(batch.column(c), f"{path}: column '{c}'") for c in rules.columns}
-            sizes = sum(np.array(pc.fill_null(pc.binary_length(t), 0)) for t in texts.values())
-            for i in range(len(batch)):
-                number += 1
-                if sizes[i] > rules.limit: raise too_long(f'{path}: row {number}', rules.limit)
+            for i, at in zip(range(len(batch)), count):
+                if sum(len(t[i].as_buffer()) for t in texts.values() if t[i].is_valid) > rules.limit: raise too_long(f'{path}: row {at}', rules.limit)
                 row = {c: t[i].as_py() for c, t in texts.items()}
-                yield number, {c: v and decoded(v, path, number, rules) for c, v in row.items()} | {c: batch.column(c)[i].as_py() for c in extra}
+                yield at, {c: v and decoded(v, path, at, rules) for c, v in row.items()} | {c: batch.column(c)[i].as_py() for c in extra}
 
-# %% ../nbs/00_corpus.ipynb #a942e85a
+# %% ../nbs/00_corpus.ipynb #a232e886
 def finished(
     row: dict,     # with the wanted columns
     text: str,
@@ -500,17 +510,17 @@ def file_rows(
     "The documents of a file of any kind."
     what = kind(path)
     if what in ('rows', 'parquet'):
-        for number, row in (json_rows if what == 'rows' else parquet_rows)(path, rules):
-            text = scrubbed(joined(row, f'{path}:{number}', rules), path, number, rules)
-            yield finished(row, text, domain, f'{source}:{number}')
+        for at, row in (json_rows if what == 'rows' else parquet_rows)(path, rules):
+            text = scrubbed(joined(row, f'{path}:{at}', rules), path, at, rules)
+            yield finished(row, text, domain, f'{source}:{at}')
     elif what == 'code':
         with opened(path) as file: data = file.read(rules.limit + 1)
         if len(data) > rules.limit: raise too_long(path, rules.limit)
         yield decoded(data.replace(b'\r\n', b'\n'), path, 1, rules), domain, source, None
     else:
-        for number, data in text_documents(path, rules): yield decoded(data, path, number, rules), domain, f'{source}:{number}', None
+        for at, data in text_documents(path, rules): yield decoded(data, path, at, rules), domain, f'{source}:{at}', None
 
-# %% ../nbs/00_corpus.ipynb #e42845f8
+# %% ../nbs/00_corpus.ipynb #e9f333f5
 def is_binary(
     path,  # a file
 ) -> bool:
@@ -533,12 +543,12 @@ def find_files(
             source = f.relative_to(path).as_posix()
             if kind(f) is None or is_binary(f): skipped.append(source)
             else: found.append((f, source, os.path.dirname(source) or path.resolve().name))
-    told = f"{len(skipped)} files passed over (binary or of another kind): {', '.join(skipped[:5])}{' ...' if skipped[5:] else ''}"
+    told = f"files passed over, binary or of another kind: {len(skipped)} ({', '.join(skipped[:5])}{' ...' if skipped[5:] else ''})"
     if not found: raise InputError(f'{path} holds no file to read: put .txt, .md, .jsonl, .parquet, .gz of these or source code there' + f'; {told}.' * bool(skipped))
     if skipped: notes.append(told)
     return found
 
-# %% ../nbs/00_corpus.ipynb #79e44807
+# %% ../nbs/00_corpus.ipynb #ae9e615f
 def with_text(
     rows,         # of (text, ...)
     notes: list,  # the number of the others is told here
@@ -548,8 +558,14 @@ def with_text(
     for row in rows:
         if row[0].strip(): yield row
         else: empty += 1
-    if empty: notes.append(f'{empty:,} empty documents left out')
+    if empty: notes.append(f'empty documents left out: {empty:,}')
 
+def replaced(rules, sources):
+    "A sentence on documents with invalid UTF-8."
+    where = ', '.join(f'{sources[f]} {n:,}' for f, n in list(rules.replaced.items())[:5])
+    return f"documents in which invalid UTF-8 was replaced: {sum(rules.replaced.values()):,} ({where}{' ...' if len(rules.replaced) > 5 else ''})"
+
+# %% ../nbs/00_corpus.ipynb #64ffc1f3
 def from_files(
     path: Path,   # a file or a folder
     name: str,    # for the summary, and the domain of a single file
@@ -566,7 +582,7 @@ def from_files(
         notes += before
         found = itertools.chain.from_iterable(file_rows(f, source, name if path.is_file() else domain, rules) for f, source, domain in files)
         yield from itertools.islice(track(with_text(found, notes), limit, 'reading', 'doc', quiet), limit)
-        if rules.replaced: notes.append(f"invalid UTF-8 replaced in {sum(rules.replaced.values()):,} documents of {', '.join(list(rules.replaced)[:5])}")
+        if rules.replaced: notes.append(replaced(rules, {str(f): source for f, source, _ in files}))
     return table(name, key, rows, quiet)
 
 # %% ../nbs/00_corpus.ipynb #74a50b60

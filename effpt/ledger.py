@@ -155,13 +155,13 @@ def table(self: Ledger) -> list:  # of dicts with name, tokens, flops, seconds
     names = sorted(order, key=lambda parts: [order[parts[:i + 1]] for i in range(len(parts))])
     return [dict(name='/'.join(p), **{kind: self.total(kind, '/'.join(p)) for kind in KINDS}) for p in names]
 
-# %% ../nbs/05_ledger.ipynb #dbe048d7
+# %% ../nbs/05_ledger.ipynb #8610422e
 @patch
 def _repr_markdown_(self: Ledger):
     rows = [(f"{'&emsp;' * r['name'].count('/')}{r['name'].rpartition('/')[2]}", r) for r in self.table()]
     rows += [('**total**', {kind: self.total(kind) for kind in KINDS})]
     lines = ['| account | tokens | FLOPs | seconds |', '| --- | --: | --: | --: |']
-    lines += [f"| {name} | {human(r['tokens'])} | {r['flops']:.3g} | {r['seconds']:.2f} |" for name, r in rows]
+    lines += [f"| {name} | {human(r['tokens'])} | {human(r['flops'], 'FLOP')} | {r['seconds']:.2f} |" for name, r in rows]
     if self.bytes: lines += ['', 'Bytes: ' + ', '.join(f'{kind} {human(n, "B")}' for kind, n in self.bytes.items() if n) + '.']
     return '\n'.join(lines)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'Outputs', 'take_aux', 'outputs', 'hf_outputs', 'hf_mask', 'cross_entropy', 'at_least_float32', 'targets_of',
-           'next_token', 'held_out', 'held_out_rows', 'bits_per_byte', 'plain_loss']
+           'next_token', 'held_out', 'held_out_rows', 'summed_loss', 'plain_loss', 'bits_per_byte']
 
 # %% ../nbs/03_loss.ipynb #87fd793d
 import inspect, math
@@ -37,7 +37,7 @@ def take_aux(
         total, module.aux_loss = term if total is None else total + term, None
     return total
 
-# %% ../nbs/03_loss.ipynb #ec8ed8e8
+# %% ../nbs/03_loss.ipynb #fb4aaacc
 def outputs(
     model: nn.Module,  # with `takes_batch`, from Hugging Face, or any module from tokens to logits
     batch: dict,  # `tokens` (B, T) and what else the model reads
@@ -50,11 +50,12 @@ def outputs(
         return Outputs(logits, states, take_aux(model))
     if hasattr(getattr(inner, 'config', None), 'to_dict'): return hf_outputs(model, inner, batch, hidden)
     asked = [k for k in ('mask', 'documents', 'positions') if batch.get(k) is not None]
-    if asked: raise InputError(f"the batch has '{asked[0]}', which {type(inner).__name__} cannot read: drop it, or set takes_batch and read it in forward.")
+    if asked: raise InputError(f"the batch has '{asked[0]}', which {type(inner).__name__} cannot read: drop it, or set takes_batch "
+                               'and read it in forward.')
     if hidden: raise InputError(f'{type(inner).__name__} gives no hidden states: set takes_batch and return (logits, hidden) from forward.')
     return Outputs(model(batch['tokens']), None, take_aux(model))
 
-# %% ../nbs/03_loss.ipynb #b0df3d36
+# %% ../nbs/03_loss.ipynb #a3d1fe53
 def hf_outputs(
     model: nn.Module,  # a Hugging Face model, perhaps wrapped
     inner: nn.Module,  # the model itself
@@ -70,7 +71,8 @@ def hf_outputs(
         asked['position_ids'] = batch['positions'].expand_as(tokens)
         asked.setdefault('attention_mask', torch.ones_like(tokens))   # without one, positions that jump are taken for packed documents
     y = model(**asked, return_dict=True)
-    if getattr(y, 'logits', None) is None: raise InputError(f'{type(inner).__name__} has no logits: load it with a head, for example by AutoModelForCausalLM.')
+    if getattr(y, 'logits', None) is None:
+        raise InputError(f'{type(inner).__name__} has no logits: load it with a head, for example by AutoModelForCausalLM.')
     aux = getattr(y, 'aux_loss', None)
     if torch.is_tensor(aux): aux = aux * getattr(inner.config, 'router_aux_loss_coef', 1.)
     return Outputs(y.logits, y.hidden_states[-1] if hidden else None, aux if torch.is_tensor(aux) else None)
@@ -91,7 +93,7 @@ def hf_mask(
     added = mask.to(dtype) if mask.is_floating_point() else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     return added.expand(size, -1, -1, -1)
 
-# %% ../nbs/03_loss.ipynb #3dfedd02
+# %% ../nbs/03_loss.ipynb #1eab1d0b
 IGNORE = -100   # a target that does not count, as in torch and Hugging Face
 
 def cross_entropy(
@@ -101,7 +103,8 @@ def cross_entropy(
 ) -> tuple:  # (sum in nats, weight), at least float32
     "The summed cross entropy and the weight to divide it by."
     logits, targets = logits.flatten(0, -2), targets.flatten()
-    if weights is None: return F.cross_entropy(at_least_float32(logits), targets, reduction='sum', ignore_index=IGNORE), (targets != IGNORE).sum().float()
+    if weights is None:
+        return F.cross_entropy(at_least_float32(logits), targets, reduction='sum', ignore_index=IGNORE), (targets != IGNORE).sum().float()
     weights = at_least_float32(weights.flatten())
     keep = (weights != 0) & (targets != IGNORE)
     logits, targets, weights = logits[keep], targets[keep], weights[keep]
@@ -159,7 +162,31 @@ def held_out_rows(
     batch = dict(tokens=rows(line[:-1], store.eos), targets=rows(line[1:], store.eos), weights=rows(np.ones(len(line) - 1, np.float32), 0))
     return batch | (dict(documents=rows(which[:-1], -1)) if mask_documents else {})
 
-# %% ../nbs/03_loss.ipynb #c6a50662
+# %% ../nbs/03_loss.ipynb #e0d4af9a
+@torch.no_grad()
+def summed_loss(
+    model: nn.Module,  # whatever the loss can call
+    rows: dict,  # a batch of any number of rows
+    batch: int,  # rows at a time
+    loss,  # (model, batch) -> (sum, weight)
+) -> float:  # nats
+    "The loss of all rows together."
+    device, training = next((p.device for p in model.parameters()), 'cpu'), model.training
+    model.eval()
+    try:
+        with eager(model):
+            return sum(float(loss(model, {k: v[i:i + batch].to(device) for k, v in rows.items()})[0]) for i in range(0, len(rows['tokens']), batch))
+    finally: model.train(training)
+
+# %% ../nbs/03_loss.ipynb #f1fd6748
+def plain_loss(
+    model: nn.Module,  # whatever `outputs` can call
+    batch: dict,  # as for `next_token`
+) -> tuple:  # (sum in nats, weight)
+    "Cross entropy of the targets, without what the model adds while it trains."
+    return cross_entropy(outputs(model, batch).logits, *targets_of(batch))
+
+# %% ../nbs/03_loss.ipynb #43d6dc7d
 def bits_per_byte(
     store,  # a `TokenStore` of held-out documents
     tokens='100k',  # measure on so many tokens, in whole documents; on all there are if fewer
@@ -169,26 +196,11 @@ def bits_per_byte(
     mask_documents: bool = False,  # no token sees another document
 ):  # evaluate(model) -> dict: loss (nats per token), bpb, perplexity, tokens, bytes
     "Make the function that measures a model on held-out text."
-    chosen, loss = held_out(store, tokens), loss or plain_loss
+    chosen = held_out(store, tokens)
     rows, size = held_out_rows(store, chosen, length, mask_documents), int(np.asarray(store.lengths_bytes)[chosen].sum())
     n = int(rows['weights'].sum(dtype=torch.float64))
     if not size: raise InputError('the held-out documents are empty: hold out a larger share of the corpus.')
-    @torch.no_grad()
     def evaluate(model):
-        device, training = next((p.device for p in model.parameters()), 'cpu'), model.training
-        model.eval()
-        try:
-            with eager(model):
-                pieces = [{k: v[i:i + batch].to(device) for k, v in rows.items()} for i in range(0, len(rows['tokens']), batch)]
-                total = sum(float(loss(model, piece)[0]) for piece in pieces)
-        finally: model.train(training)
+        total = summed_loss(model, rows, batch, loss or plain_loss)
         return dict(loss=total / n, bpb=total / math.log(2) / size, perplexity=math.exp(min(total / n, 700)), tokens=n, bytes=size)
     return evaluate
-
-# %% ../nbs/03_loss.ipynb #f1fd6748
-def plain_loss(
-    model: nn.Module,  # whatever `outputs` can call
-    batch: dict,  # as for `next_token`
-) -> tuple:  # (sum in nats, weight)
-    "Cross entropy of the targets, without what the model adds while it trains."
-    return cross_entropy(outputs(model, batch).logits, *targets_of(batch))

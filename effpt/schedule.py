@@ -8,10 +8,11 @@ __all__ = ['Progress', 'constant', 'linear', 'check_share', 'cosine', 'wsd', 'wa
 # %% ../nbs/04_schedule.ipynb #f07f3218
 import math
 
-# %% ../nbs/04_schedule.ipynb #cc146d3a
+# %% ../nbs/04_schedule.ipynb #a446b1b3
+from fastcore.basics import patch
 from .basics import InputError, suggest
 
-# %% ../nbs/04_schedule.ipynb #0ccc007d
+# %% ../nbs/04_schedule.ipynb #88fe04e6
 class Progress(float):
     "The share of the budget that is spent, with the numbers behind it."
     def __new__(cls,
@@ -26,19 +27,24 @@ class Progress(float):
         self.step, self.tokens, self.total, self.marks = step, tokens, total, {} if marks is None else marks
         return self
 
-    def mark(self, event: str):
-        "Note that the event happens now."
-        self.marks[event] = float(self)
-
-    def since(self, event: str) -> float:
-        "The share of the budget spent since the event; infinite if it never happened."
-        return float(self) - self.marks.get(event, -math.inf)
-
-    def state_dict(self) -> dict:
-        "Plain numbers, of which `Progress(**state)` makes the same."
-        return dict(value=float(self), step=self.step, tokens=self.tokens, total=self.total, marks=dict(self.marks))
-
     def __reduce__(self): return Progress, tuple(self.state_dict().values())
+
+# %% ../nbs/04_schedule.ipynb #ea5d8762
+@patch
+def mark(self: Progress, event: str):
+    "Note that the event happens now."
+    self.marks[event] = float(self)
+
+@patch
+def since(self: Progress, event: str) -> float:
+    "The share of the budget spent since the event; infinite if it never happened."
+    return float(self) - self.marks.get(event, -math.inf)
+
+# %% ../nbs/04_schedule.ipynb #9cedba24
+@patch
+def state_dict(self: Progress) -> dict:
+    "Plain numbers, of which `Progress(**state)` makes the same."
+    return dict(value=float(self), step=self.step, tokens=self.tokens, total=self.total, marks=dict(self.marks))
 
 # %% ../nbs/04_schedule.ipynb #0c0c0ac1
 def constant(

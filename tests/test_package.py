@@ -99,10 +99,11 @@ def test_top_level_holds_the_agreed_files_only():
 
 
 def test_notebooks_keep_to_the_house_rules():
+    bad = []
     for path in pages(ROOT):
         cells = json.loads(path.read_text())['cells']
         first = ''.join(cells[0]['source']).strip().splitlines()
-        assert first[0].startswith('# ') and first[-1].startswith('> ') and len(first) <= 4, f'{path}: the first cell is a title and a summary'
-        for cell in cells:
-            source = ''.join(cell['source'])
-            assert cell['cell_type'] != 'code' or len(source.splitlines()) <= 40, f'{path}: a cell of over 40 lines:\n{source[:200]}'
+        if not (first[0].startswith('# ') and first[-1].startswith('> ') and len(first) <= 4): bad.append(f'{path.name}: the first cell is a title and a summary')
+        long = [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and len(''.join(c['source']).splitlines()) > 40]
+        bad += [f'{path.name}: a cell of over 40 lines, which starts with {" ".join(source.split()[:8])}' for source in long]
+    if bad: pytest.fail('\n'.join(bad), pytrace=False)
