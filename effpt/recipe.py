@@ -12,8 +12,7 @@ import dataclasses, inspect, json, os
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/10_recipe.ipynb #83abec1f
-import torch
+# %% ../nbs/10_recipe.ipynb #634e8f2e
 import torch.distributed as dist
 from fastcore.meta import delegates
 from torch import nn

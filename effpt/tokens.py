@@ -17,16 +17,16 @@ from fastcore.basics import patch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-# %% ../nbs/01_tokens.ipynb #0aa3a009
+# %% ../nbs/01_tokens.ipynb #0ea9eb57
 from .basics import InputError, cache_folder, fingerprint, generator, human, rng, suggest, track, write_file
-from .corpus import batches, corpus_fingerprint, file_hash, forking, missing, seal, sealed, text_bytes
+from .corpus import batches, checked, corpus_fingerprint, file_hash, forking, seal, sealed, text_bytes
 
 # %% ../nbs/01_tokens.ipynb #8f7f3498
 RESERVED = 64
 EOS = '<|end|>'
 SPECIAL = [EOS, *(f'<|reserved_{i}|>' for i in range(RESERVED))]
 
-# %% ../nbs/01_tokens.ipynb #89084e63
+# %% ../nbs/01_tokens.ipynb #57ed2635
 class Tokenizer:
     "A byte-level BPE tokenizer: `decode(encode(text)) == text` for every text."
     def __init__(self,
@@ -38,15 +38,18 @@ class Tokenizer:
         self.reserved = range(0) if first is None else range(first, first + RESERVED)
         self.fingerprint = fingerprint(inner.to_str())
 
-    def __repr__(self): return f'Tokenizer(vocab={self.vocab}, eos={self.eos}, reserved={self.reserved}, fingerprint={self.fingerprint})'
+    def __repr__(self):
+        return f'Tokenizer(vocab={self.vocab}, eos={self.eos}, reserved={self.reserved}, fingerprint={self.fingerprint!r})'
+
     def __reduce__(self): return _from_text, (self.inner.to_str(),)
 
 # %% ../nbs/01_tokens.ipynb #e244abae
 def _from_text(text): return Tokenizer(tokenizers.Tokenizer.from_str(text))
 
-# %% ../nbs/01_tokens.ipynb #a3f0376a
+# %% ../nbs/01_tokens.ipynb #81e46b0c
 _CUT = re.compile(r'\S(?=\s)')
 
+# %% ../nbs/01_tokens.ipynb #79bd1fbc
 def pieces(
     text: str,
     size=100_000,  # characters
@@ -68,12 +71,13 @@ def encode_batch(self: Tokenizer,
     ids = iter(self.inner.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False))
     return [list(itertools.chain.from_iterable(next(ids).ids for _ in ps)) for ps in parts]
 
-# %% ../nbs/01_tokens.ipynb #c678f376
+# %% ../nbs/01_tokens.ipynb #eb52561a
 @patch
 def encode(self: Tokenizer, text: str) -> list:
     "The ids of a text; no end token is added."
     return self.encode_batch([text])[0]
 
+# %% ../nbs/01_tokens.ipynb #4cd3ac41
 @patch
 def decode(self: Tokenizer,
     ids,            # numbers, an array or a tensor of one dimension
@@ -82,12 +86,13 @@ def decode(self: Tokenizer,
     "The text of ids; bytes that are not UTF-8, as half a character, become U+FFFD."
     return self.inner.decode([int(i) for i in ids], skip_special_tokens=not specials)
 
-# %% ../nbs/01_tokens.ipynb #8ce5d821
+# %% ../nbs/01_tokens.ipynb #f87f7335
 @patch
 def save(self: Tokenizer, path) -> Path:
     "Write `tokenizer.json`, which `transformers` reads too."
     return write_file(path, self.inner.to_str(pretty=True))
 
+# %% ../nbs/01_tokens.ipynb #26dcb7c1
 @patch(cls_method=True)
 def load(cls: Tokenizer,
     path,  # a tokenizer.json, or a folder with one
@@ -96,7 +101,8 @@ def load(cls: Tokenizer,
     path = Path(path)/'tokenizer.json' if Path(path).is_dir() else Path(path)
     if not path.is_file(): raise InputError(f'{path} does not exist: give a tokenizer.json, or the folder that holds it.')
     try: return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding='utf8')))
-    except Exception as e: raise InputError(f'{path} is not a tokenizer ({e}): make it again.') from e  # the library raises nothing narrower
+    except Exception as e:  # the library raises nothing narrower
+        raise InputError(f'{path} is not a tokenizer ({e}): make it again.') from e
 
 # %% ../nbs/01_tokens.ipynb #36b2b589
 SAMPLE = 20_000_000  # bytes
@@ -124,15 +130,17 @@ def bpe(
     inner.train_from_iterator((part.column(0).to_pylist() for _, part in batches(ds)), trainer)
     return Tokenizer(inner)
 
-# %% ../nbs/01_tokens.ipynb #b516ba9d
+# %% ../nbs/01_tokens.ipynb #eeba3f85
 def train_tokenizer(
     ds,           # a corpus
     vocab=2048,   # ids in all: bytes, merges, the end token, the reserved ones
     quiet=False,  # print nothing
 ) -> Tokenizer:
     "Train a byte-level BPE tokenizer on a corpus, or take it from the cache."
+    checked(ds, 'text')
     least = 256 + len(SPECIAL)
-    if vocab < least: raise InputError(f'vocab is {vocab}: it must be at least {least}, for 256 bytes, the end token and {RESERVED} reserved ids.')
+    if vocab < least:
+        raise InputError(f'vocab is {vocab}: it must be at least {least}, for 256 bytes, the end token and {RESERVED} reserved ids.')
     path = cache_folder('tokenizers')/f"{fingerprint('bpe 1', corpus_fingerprint(ds), vocab, SAMPLE)}.json"
     try: tokenizer = Tokenizer.load(path)
     except InputError:  # not there, or damaged
@@ -141,7 +149,7 @@ def train_tokenizer(
     if not quiet: print(f'tokenizer: {tokenizer.vocab:,} ids, fingerprint {tokenizer.fingerprint}')
     return tokenizer
 
-# %% ../nbs/01_tokens.ipynb #e91f82e1
+# %% ../nbs/01_tokens.ipynb #3266b2ee
 class TokenStore:
     "Encoded documents, memory-mapped; each ends with the end token."
     def __init__(self,
@@ -151,12 +159,16 @@ class TokenStore:
         meta = meta or sealed(folder)
         if meta is None: raise InputError(f'{folder} holds no token store, or a damaged one: encode the corpus again.')
         self.folder, self.meta = Path(folder), meta
-        for name in 'fingerprint corpus tokenizer vocab eos domain_names n_docs n_tokens n_bytes'.split(): setattr(self, name, meta[name])
+        for name in 'fingerprint corpus tokenizer vocab eos domain_names n_docs n_tokens n_bytes'.split():
+            setattr(self, name, meta[name])
         for name, dtype in dict(tokens=meta['dtype'], offsets='int64', domains='int32', lengths_bytes='int64').items():
             setattr(self, name, np.memmap(self.folder/f'{name}.bin', dtype, 'r'))
 
     def __len__(self): return self.n_docs
-    def __repr__(self): return f"TokenStore({self.n_docs:,} documents, {human(self.n_tokens)} tokens, {human(self.n_bytes, 'B')}, {self.tokens.dtype})"
+    def __repr__(self):
+        return (f'TokenStore({self.n_docs:,} documents, {human(self.n_tokens)} tokens, '
+                f"{human(self.n_bytes, 'B')}, {self.tokens.dtype})")
+
     def __reduce__(self): return TokenStore, (self.folder, self.meta)  # another process maps the same files
     def __deepcopy__(self, memo): return self  # it never changes
 
@@ -166,7 +178,7 @@ def document(self: TokenStore, i: int) -> np.ndarray:
     "The tokens of a document, with its end token."
     return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
 
-# %% ../nbs/01_tokens.ipynb #369c2198
+# %% ../nbs/01_tokens.ipynb #aafff48d
 def write_tokens(
     folder,        # where it shall be
     parts,         # yields lists of (ids without the end token, domain, bytes of text)
@@ -186,21 +198,21 @@ def write_tokens(
                 domains.append(names.setdefault(domain, len(names)))
                 sizes.append(n)
         if not sizes: raise InputError('there is no document to encode: give a corpus that is not empty.')
-        for name, values in dict(offsets=offsets, domains=domains, lengths_bytes=sizes).items(): (part/f'{name}.bin').write_bytes(values)
+        for name, values in dict(offsets=offsets, domains=domains, lengths_bytes=sizes).items():
+            (part/f'{name}.bin').write_bytes(values)
         meta.update(version=1, dtype=dtype.name, vocab=vocab, eos=eos, corpus=corpus, tokenizer=tokenizer, domain_names=list(names),
                     n_docs=len(sizes), n_tokens=offsets[-1], n_bytes=sum(sizes))
         meta['fingerprint'] = fingerprint(tokenizer, list(names), [file_hash(f) for f in sorted(part.iterdir())])
     return TokenStore(folder, meta)
 
-# %% ../nbs/01_tokens.ipynb #d71e10b8
+# %% ../nbs/01_tokens.ipynb #da797d80
 def encode(
     ds,           # a corpus
     tokenizer: Tokenizer,
     quiet=False,  # print nothing
 ) -> TokenStore:
     "Encode a corpus, or take the store from the cache."
-    for c in 'text', 'domain':
-        if c not in ds.column_names: raise missing(c, ds.column_names, 'the dataset')
+    checked(ds, 'text', 'domain')
     corpus = corpus_fingerprint(ds)
     folder = cache_folder('tokens')/fingerprint('tokens 1', corpus, corpus_fingerprint(ds, ('domain',)), tokenizer.fingerprint)
     meta, sizes = sealed(folder), text_bytes(ds)
@@ -210,11 +222,12 @@ def encode(
                 n = sizes[start:start + len(part)].tolist()
                 yield zip(tokenizer.encode_batch(part.column(0).to_pylist()), part.column(1).to_pylist(), n)
                 bar.update(sum(n))
-        store = TokenStore(folder, meta) if meta else write_tokens(folder, parts(), tokenizer.vocab, tokenizer.eos, corpus, tokenizer.fingerprint)
+        if meta: store = TokenStore(folder, meta)
+        else: store = write_tokens(folder, parts(), tokenizer.vocab, tokenizer.eos, corpus, tokenizer.fingerprint)
     if not quiet: print(f"{store}: {store.n_bytes / store.n_tokens:.2f} bytes a token, fingerprint {store.fingerprint}")
     return store
 
-# %% ../nbs/01_tokens.ipynb #ee669e6a
+# %% ../nbs/01_tokens.ipynb #73506025
 def grouped(
     store: TokenStore,
     weights: dict,  # {domain or glob: weight}
@@ -224,18 +237,19 @@ def grouped(
     owner = [next((i for i, k in enumerate(keys) if fnmatch.fnmatchcase(d, k)), -1) for d in store.domain_names]
     for i, k in enumerate(keys):
         if i not in owner: raise InputError(f"weights: no domain is left for '{k}'{suggest(k, store.domain_names)}")
-        if not weights[k] > 0: raise InputError(f"weights: '{k}' has the weight {weights[k]}: give a number above 0, or leave it out.")
+        if not weights[k] > 0: raise InputError(f"weights: '{k}' has the weight {weights[k]}: give one above 0, or leave it out.")
     owner = np.array(owner)[store.domains]
     return {k: np.flatnonzero(owner == i) for i, k in enumerate(keys)}
 
-# %% ../nbs/01_tokens.ipynb #ed90a9a5
+# %% ../nbs/01_tokens.ipynb #8ebf5ba3
 class Source:
     "Documents of a store, endless: `next(source)` is the number of the next one."
     def __init__(self, store, order='shuffled', weights=None, seed=0):
         if order not in ('shuffled', 'ordered'): raise InputError(f"order is '{order}'{suggest(order, ('shuffled', 'ordered'))}")
         groups = grouped(store, weights) if weights else {'*': np.arange(store.n_docs)}
         self.store, self.order, self.weights, self.seed = store, order, weights, seed
-        self.names, self.groups, self.shares = list(groups), list(groups.values()), np.array([weights[k] if weights else 1 for k in groups])
+        self.names, self.groups = list(groups), list(groups.values())
+        self.shares = np.array([weights[k] if weights else 1 for k in groups])
         self.served, self.epoch, self.position = (np.zeros(len(groups), np.int64) for _ in range(3))
         self._orders = {}
 
@@ -244,7 +258,7 @@ class Source:
     def domain(self, doc): return self.store.domains[doc]
     def __iter__(self): return self
 
-# %% ../nbs/01_tokens.ipynb #25d08b8e
+# %% ../nbs/01_tokens.ipynb #68f72b59
 @patch
 def __next__(self: Source) -> int:
     g = int(np.argmin(self.served / self.shares)) if len(self.groups) > 1 else 0
@@ -254,6 +268,7 @@ def __next__(self: Source) -> int:
     self.served[g] += self.length(doc)
     return doc
 
+# %% ../nbs/01_tokens.ipynb #915005ff
 @patch
 def _ordered(self: Source, g):
     "The documents of a group in the order of its epoch, made once an epoch."
@@ -262,19 +277,22 @@ def _ordered(self: Source, g):
         self._orders[g] = self.epoch[g], rng(self.seed, 'order', self.names[g], int(self.epoch[g])).permutation(self.groups[g])
     return self._orders[g][1]
 
-# %% ../nbs/01_tokens.ipynb #4748516e
+# %% ../nbs/01_tokens.ipynb #97ad66c4
 @patch
 def state_dict(self: Source) -> dict:
     "The position, in numbers only: for each group tokens served, epoch, place in the epoch."
     return {k: getattr(self, k).tolist() for k in ('served', 'epoch', 'position')}
 
+# %% ../nbs/01_tokens.ipynb #819f61fb
 @patch
 def load_state_dict(self: Source, state: dict):
     "Go to a saved position."
     if len(state['position']) != len(self.groups):
-        raise InputError(f"the saved position has {len(state['position'])} groups of domains, this source {len(self.groups)}: give the weights of the saved run.")
+        raise InputError(f"the saved position has {len(state['position'])} groups of domains, this source {len(self.groups)}: "
+                         'give the weights of the saved run.')
     for k in 'served', 'epoch', 'position': setattr(self, k, np.array(state[k], np.int64))
 
+# %% ../nbs/01_tokens.ipynb #f10b32f5
 @patch
 def identity(self: Source) -> dict:
     "What must be equal for a position to mean the same."
@@ -324,7 +342,7 @@ def stretch(
         which[lo - a:hi - a] = k
     return tokens, which
 
-# %% ../nbs/01_tokens.ipynb #a95f28da
+# %% ../nbs/01_tokens.ipynb #cd628a5c
 def assemble(
     source,
     slices: list,          # of a plan
@@ -336,13 +354,14 @@ def assemble(
     ends = np.cumsum([stop - start for _, start, stop in slices])
     tokens, which = map(np.stack, zip(*(stretch(source, slices, ends, r * length, (r + 1) * length + 1) for r in rows)))
     inside = which[:, :-1]
-    batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], domain=np.array([source.domain(d) for d, _, _ in slices], np.int64)[inside])
+    domain = np.array([source.domain(doc) for doc, _, _ in slices], np.int64)
+    batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], domain=domain[inside])
     if mask_documents:
         new, place = np.diff(inside, axis=1, prepend=-1) != 0, np.arange(length)
         batch |= dict(documents=np.cumsum(new, axis=1) - 1, positions=place - np.maximum.accumulate(np.where(new, place, 0), axis=1))
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
 
-# %% ../nbs/01_tokens.ipynb #33965f0a
+# %% ../nbs/01_tokens.ipynb #ef93a583
 class TokenStream:
     "Packed batches: endless, resumable to the token, divisible among processes."
     def __init__(self,
@@ -359,30 +378,35 @@ class TokenStream:
         self.mask_documents, self.workers, self.rank, self.world, self._running = mask_documents, workers, 0, 1, None
         for name, value, least in ('batch', batch, 1), ('length', length, 1), ('workers', workers, 0):
             if value < least: raise InputError(f'{name} is {value}: it must be at least {least}.')
-        if (n := self.source.store.n_tokens) <= length: raise InputError(f'the store has {n:,} tokens, less than one row of {length} + 1: give more text or a smaller length.')
+        if (n := self.source.store.n_tokens) <= length:
+            raise InputError(f'the store has {n:,} tokens, less than one row of {length} + 1: give more text or a smaller length.')
         self._state = dict(step=0, document=-1, offset=0, source=self.source.state_dict())
 
-# %% ../nbs/01_tokens.ipynb #b73cc8b1
+# %% ../nbs/01_tokens.ipynb #6f7c4be2
 @patch
 def shard(self: TokenStream, rank: int, world: int) -> TokenStream:
     "Yield rows rank, rank + world, ... of every batch from now on; returns the stream."
     if not 0 <= rank < world: raise InputError(f'rank is {rank}, of {world} processes: it must be from 0 to {world - 1}.')
-    if self.batch % world: raise InputError(f'a batch of {self.batch} rows cannot be divided among {world} processes: make batch a multiple of {world}.')
+    if self.batch % world:
+        raise InputError(f'a batch of {self.batch} rows cannot be divided among {world} processes: make batch a multiple of {world}.')
     self.rank, self.world = rank, world
     return self
 
+# %% ../nbs/01_tokens.ipynb #109d78fe
 @patch
 def identity(self: TokenStream) -> dict:
     "What must be equal for a position to mean the same; compared on resume."
     names = [getattr(getattr(f, 'func', f), '__qualname__', type(f).__name__) for f in self.transforms]
-    return dict(self.source.identity(), length=self.length, batch=self.batch, seed=self.seed, mask_documents=self.mask_documents, transforms=names)
+    return dict(self.source.identity(), length=self.length, batch=self.batch, seed=self.seed, mask_documents=self.mask_documents,
+                transforms=names)
 
-# %% ../nbs/01_tokens.ipynb #79c0da5f
+# %% ../nbs/01_tokens.ipynb #ee1b6dbd
 @patch
 def state_dict(self: TokenStream) -> dict:
     "The position behind the last batch that was handed out, in numbers only."
     return copy.deepcopy(self._state)
 
+# %% ../nbs/01_tokens.ipynb #169f6f7c
 @patch
 def load_state_dict(self: TokenStream, state: dict):
     "Go to a saved position; iterators from before end."
@@ -390,6 +414,7 @@ def load_state_dict(self: TokenStream, state: dict):
     self.source.load_state_dict(state['source'])
     self._state = copy.deepcopy(state)
 
+# %% ../nbs/01_tokens.ipynb #54109d75
 @patch
 def close(self: TokenStream):
     "End the iterator and its workers, if there are any; dropping the iterator does the same."
@@ -403,7 +428,7 @@ _open = weakref.WeakSet()
 def _close_all():
     for running in list(_open): running.close()
 
-# %% ../nbs/01_tokens.ipynb #168b3437
+# %% ../nbs/01_tokens.ipynb #dc98c81e
 @patch
 def __iter__(self: TokenStream):
     self.close()
@@ -412,6 +437,7 @@ def __iter__(self: TokenStream):
     _open.add(running)
     return running
 
+# %% ../nbs/01_tokens.ipynb #2a1b87b0
 @patch
 def _batches(self: TokenStream):
     walk = _Walk(self)
@@ -445,16 +471,18 @@ class _Walk(IterableDataset):
         for i, transform in enumerate(s.transforms): batch = transform(batch, generator(s.seed, 'transform', step, i))
         return {k: v[s.rank::s.world] for k, v in batch.items()}
 
-# %% ../nbs/01_tokens.ipynb #016a6df6
+# %% ../nbs/01_tokens.ipynb #2d7bdb04
 def _ahead(walk, workers):
     with forking() as context, warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores is the caller's choice
-        ready = iter(DataLoader(walk, batch_size=None, num_workers=workers, collate_fn=_same, worker_init_fn=_deaf, multiprocessing_context=context))
+        ready = iter(DataLoader(walk, batch_size=None, num_workers=workers, collate_fn=_same, worker_init_fn=_deaf,
+                                multiprocessing_context=context))
     try: yield from ready
     finally: ready._shutdown_workers()
 
 def _same(x): return x
 
+# %% ../nbs/01_tokens.ipynb #6d0b5534
 def _deaf(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

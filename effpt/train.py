@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMED', 'PROVISIONAL', 'WORTH_COMPILING', 'NUMBERS', 'SLOTS', 'CHOICES', 'assemble', 'bind', 'Budget', 'adamw', 'Run',
-           'default_step', 'Diverged', 'resolve_name', 'as_list', 'blocks', 'compile_blocks', 'has_compiler',
-           'check_identity', 'interruptible', 'count_tokens', 'training_flops', 'start_processes', 'pick_device',
-           'Trainer', 'check_options', 'check_folder']
+           'default_step', 'Diverged', 'resolve_name', 'blocks', 'compile_blocks', 'has_compiler', 'check_identity',
+           'interruptible', 'count_tokens', 'training_flops', 'start_processes', 'pick_device', 'Trainer',
+           'check_options', 'check_folder']
 
 # %% ../nbs/06_train.ipynb #94d8e086
 import contextlib, functools, importlib, inspect, json, math, os, re, shutil, signal, statistics, threading, time
@@ -19,9 +19,10 @@ import torch, torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/06_train.ipynb #03bfb1d0
+# %% ../nbs/06_train.ipynb #57618d9d
 from . import __version__, checkpoint
-from .basics import InputError, fingerprint, human, number, seconds, seed_for, generator, suggest, write_file
+from .basics import InputError, fingerprint, generator, human, number, seed_for, suggest, write_file
+from .basics import seconds as to_seconds
 from .ledger import Ledger, count_flops, machine
 from .loss import next_token
 from .model import eager
@@ -46,7 +47,7 @@ def bind(
     except (TypeError, ValueError): wants = False
     return functools.partial(fn, run=run) if wants else fn
 
-# %% ../nbs/06_train.ipynb #ec760d6a
+# %% ../nbs/06_train.ipynb #b9eff74d
 class Budget(NamedTuple):
     "How much a run may spend."
     amount: float  # of the unit
@@ -62,7 +63,7 @@ class Budget(NamedTuple):
         try: budget = cls(number(found[1]), dict(f='FLOPs', s='steps').get(unit[:1], 'tokens'))
         except InputError:
             if unit: raise
-            budget = cls(seconds(text), 'seconds')
+            budget = cls(to_seconds(text), 'seconds')
         if budget.amount <= 0: raise InputError(f"the budget '{text}' is nothing: give for example 2M (tokens), 500 steps, 1e15 FLOPs or 10min.")
         return budget
 
@@ -322,17 +323,16 @@ def swap(self: Run, convert):
     self.model, self.optimizers = model, optimizers
     if self.resolved.get('compile'): compile_blocks(model)
 
-# %% ../nbs/06_train.ipynb #fc76e3af
+# %% ../nbs/06_train.ipynb #5c52d255
 @patch
 def enter(self: Run, stage: int):
     "Put a stage's slots into force, and note it among the edits."
     slots = self.trainer.stages[stage]
-    if 'model' in slots: self.swap(lambda model: assemble([model, *as_list(slots['model'])]))
+    if conversions := slots.get('model'):
+        self.swap(lambda model: assemble([model, *(conversions if isinstance(conversions, (list, tuple)) else [conversions])]))
     self.fill({k: v for k, v in slots.items() if k != 'model'})
     self.stage = stage
     if stage: self.edits.append([self.step, 'stage', dict(stage=stage)])
-
-def as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
 
 # %% ../nbs/06_train.ipynb #cfeaafe1
 def blocks(
@@ -501,7 +501,7 @@ def pick_device() -> torch.device:
     "This process's GPU, else the CPU."
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
 
-# %% ../nbs/06_train.ipynb #1970a3b2
+# %% ../nbs/06_train.ipynb #a715406b
 SLOTS = 'model', 'batches', 'loss', 'optimizer', 'schedule', 'callbacks'
 
 class Trainer:
@@ -534,20 +534,13 @@ class Trainer:
         about: dict = None,  # written into run.json
         quiet: bool = False,  # no progress bar
     ):
+        options = {k: v for k, v in locals().items() if k != 'self'}
+        check_options(options)
         start_processes()
-        self.slots = dict(model=model, batches=batches, loss=loss, optimizer=optimizer, schedule=schedule, callbacks=tuple(callbacks))
-        self.step, self.count, self.flops, self.evaluate, self.parallel = step, count, flops, evaluate, parallel
-        self.budget, self.evaluate_every, self.keep_last, self.seed = Budget.of(budget), evaluate_every, keep_last, seed
-        self.accumulate, self.clip, self.on_bad, self.spike, self.about = accumulate, clip, on_bad, spike, about or {}
-        self.auto, self.device, self.out = dict(precision=precision, compile=compile), pick_device(), Path(out) if out else None
-        self.save_every = save_every if isinstance(save_every, int) else seconds(save_every)
-        self.watching = [] if quiet else [ProgressBar()]
-        if self.out: self.watching.append(JsonLines())
-        self.stages = self.check_stages(stages)
-        check_options(dict(precision=precision, compile=compile, on_bad=on_bad, accumulate=accumulate, keep_last=keep_last, evaluate_every=evaluate_every))
-        self.check_loss()
+        self.slots = {k: options.pop(k) for k in SLOTS}
+        self.set_options(**options)
 
-# %% ../nbs/06_train.ipynb #67070f52
+# %% ../nbs/06_train.ipynb #a031db2b
 CHOICES = dict(precision=('auto', 'float32', 'bf16'), compile=('auto', True, False), on_bad=('stop', 'rollback'))
 
 def check_options(options: dict):
@@ -556,16 +549,23 @@ def check_options(options: dict):
         if options[name] not in CHOICES[name]: raise InputError(f"{name} is '{options[name]}'{suggest(options[name], CHOICES[name])}")
     for name, least in dict(accumulate=1, keep_last=1).items():
         if options.get(name, least) < least: raise InputError(f'{name} is {options[name]}: give {least} or more.')
-    if not 0 <= options.get('evaluate_every', 1) <= 1: raise InputError(f"evaluate_every is {options['evaluate_every']}: give a share of the budget, up to 1.")
+    if not 0 <= (options.get('evaluate_every') or 0) <= 1: raise InputError(f"evaluate_every is {options['evaluate_every']}: give a share of the budget, up to 1.")
     Budget.of(options.get('budget', 1))
 
+# %% ../nbs/06_train.ipynb #5d1e11e8
 @patch
-def check_loss(self: Trainer):
-    "Refuse a loss that needs the whole batch where batches come in parts."
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if self.accumulate * world > 1 and getattr(assemble(self.slots['loss']), 'additive', True) is False:
+def set_options(self: Trainer, budget, out, save_every, stages, precision, compile, about, quiet, **others):
+    "Keep the options, read from what people write."
+    for name, value in others.items(): setattr(self, name, value)
+    self.budget, self.out, self.about = Budget.of(budget), Path(out) if out else None, about or {}
+    self.save_every = save_every if isinstance(save_every, int) else to_seconds(save_every)
+    self.auto, self.device, self.stages = dict(precision=precision, compile=compile), pick_device(), self.check_stages(stages)
+    self.watching = ([] if quiet else [ProgressBar()]) + ([JsonLines()] if self.out else [])
+    several = self.accumulate * (dist.get_world_size() if dist.is_initialized() else 1) > 1
+    if several and getattr(assemble(self.slots['loss']), 'additive', True) is False:
         raise InputError('this loss does not add over parts of a batch: use accumulate=1 and one process.')
 
+# %% ../nbs/06_train.ipynb #6c2c14ff
 @patch
 def check_stages(self: Trainer, stages) -> list:
     "Stages with shares that add up to 1."

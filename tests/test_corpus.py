@@ -1,5 +1,5 @@
 "The corpus: what a notebook cannot hold: faults, memory, processes, and sets that are not there everywhere."
-import errno, gzip, json, os, shutil, subprocess, sys, textwrap
+import errno, gzip, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import datasets, numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -101,7 +101,7 @@ BAD = {
     'list.jsonl': (b'[1]\n', {}, 'list.jsonl:1 is not an object'),
     'broken.jsonl': (b'{"text": "a"}\n{"text": \n', {}, 'broken.jsonl:2 is not valid JSON'),
     'column.jsonl': (b'{"txt": "a"}\n', {}, "column.jsonl:1 has no column 'text', did you mean 'txt'?; there are txt"),
-    'number.jsonl': (b'{"text": 7}\n', {}, "number.jsonl:1: column 'text' holds a int, not text"),
+    'number.jsonl': (b'{"text": 7}\n', {}, "number.jsonl:1: column 'text' holds int, not text"),
     'columns.jsonl': (b'{"question": "a"}\n', dict(column='question,answer'), "has no column 'answer'"),
     'latin.txt': (b'one\ntwo\nthr\xe9e\n', dict(strict=True), 'latin.txt: line 3 is not valid UTF-8 (byte 0xe9)'),
     'latin.py': (b'x = 1\ny = "\xe9"\n', dict(strict=True), 'latin.py: line 2 is not valid UTF-8'),
@@ -239,6 +239,31 @@ def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
         parts = split(ds, 0.1, quiet=True)
         found.append((corpus_fingerprint(ds), corpus_fingerprint(parts.train), corpus_fingerprint(parts.held_out), parts.fingerprint, parts.report))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='sessions of processes')
+@pytest.mark.parametrize('how', ['kill', 'die'])
+def test_workers_end_with_their_parent(tmp_path, how):
+    code = f'''
+import os, time
+from effpt.corpus import spread
+def work(shared, job):
+    if job == 1 and "{how}" == "die": os._exit(9)
+    print(job, flush=True)
+    time.sleep(0 if job < 4 else 600)
+list(spread(work, None, list(range(8)), workers=3))
+'''
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if how == 'kill':
+        run.stdout.readline()
+        run.kill()
+    assert 'BrokenProcessPool' in run.communicate(timeout=60)[1] or how == 'kill'  # a dead worker is an error, not a wait for ever
+    for _ in range(200):
+        try: os.killpg(run.pid, 0)
+        except ProcessLookupError: return
+        time.sleep(.1)
+    os.killpg(run.pid, 9)
+    pytest.fail('workers are still there')
 
 
 def test_built_in_names_nobody(tmp_path):
