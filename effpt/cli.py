@@ -48,7 +48,7 @@ def parse(parser: Parser, words: list):
     raise InputError(f"{known.parser.prog} has no {'option' if bad.startswith('-') else 'argument'} {bad}"
                      f"{f', did you mean {near[0]}?' if near else f' (see {known.parser.prog} --help)'}")
 
-# %% ../nbs/11_cli.ipynb #7110006f
+# %% ../nbs/11_cli.ipynb #840d5262
 TRAIN = {  # group -> option -> (type, help)
     'what to train on': dict(
         data=(str, "'python/prose' (built in), 'python', 'python/code', a file, a folder, a set under EFFPT_DATA, or a Hugging Face data set (default python/prose)"),
@@ -62,14 +62,14 @@ TRAIN = {  # group -> option -> (type, help)
     'for how long': dict(
         tokens=(str, 'budget in tokens (default 2M)'), steps=(whole, 'budget in steps'), flops=(str, 'budget in FLOPs'), time=(str, 'budget in time, such as 10min')),
     'how': dict(
-        lr=(number, "peak learning rate (default: the size's)"), weight_decay=(number, 'of matrices (default 0.1)'), warm=(number, 'share of the budget for the warm-up (default 0.05)'),
+        lr=(number, "peak learning rate (default: the size's)"), weight_decay=(number, 'of matrices (default 0.1)'), warm=(number, 'share of the budget for the warm-up (default 0.05)'), floor=(number, 'learning rate at the end, as a share of the peak (default 0)'),
         batch=(whole, 'rows in a step (default 16)'), accumulate=(whole, 'parts a step is done in, to save memory (default 1)'), clip=(number, 'norm to which gradients are clipped (default 1)'),
         precision=(str, 'auto, float32 or bf16 (default auto: what is faster here)'), seed=(whole, 'of everything random (default 0)'),
         workers=(whole, 'processes that read ahead (default 0)'), on_bad=(str, "what a loss that is no number does: 'stop' or 'rollback' (default stop)")),
     'what is kept': dict(
         out=(str, 'folder of the run (default runs/SIZE-N)'), save_every=(str, 'time or steps between checkpoints (default 5min)'), keep_last=(whole, 'checkpoints that stay (default 2)'),
         evaluate_every=(number, 'share of the budget between evaluations (default 0.25)'), eval_tokens=(str, 'tokens of held-out documents (default 100k)'),
-        quiet=(None, 'show no progress'))}
+        log=(str, "'tensorboard', 'wandb' or both with a comma"), quiet=(None, 'show no progress'))}
 
 # %% ../nbs/11_cli.ipynb #d168fe2f
 def add_options(parser: Parser, groups: dict):

@@ -206,22 +206,27 @@ def check_shape(
         raise InputError(f"{shape['heads']} heads cannot share {shape['kv_heads']} kv_heads evenly: make kv_heads a divisor of {shape['heads']}.")
     return shape
 
-# %% ../nbs/02_model.ipynb #f67c9b3d
+# %% ../nbs/02_model.ipynb #1d35fd8d
 @patch
 def init(self: Transformer,
     seed: int | None = 0,  # the run's seed; None draws nothing
-    std: float = 0.02,  # standard deviation of the matrices
 ) -> Transformer:
     "Set every initial value anew."
     self.angles = self.table(self.embed.weight.device)
     for name, p in self.named_parameters() if seed is not None else ():
         if p.is_meta: continue
-        writes = name.endswith(('attention.o.weight', 'mlp.down.weight'))
-        scale = std / math.sqrt(2 * self.shape['layers']) if writes else std
         with torch.no_grad():
             if p.ndim == 1: p.fill_(1)
-            else: p.copy_(torch.empty(p.shape).normal_(0, scale, generator=generator(seed, 'init', name)))
+            else: p.copy_(torch.empty(p.shape).normal_(0, self.deviation(name, p), generator=generator(seed, 'init', name)))
     return self
+
+@patch
+def deviation(self: Transformer, name: str, p: torch.Tensor) -> float:
+    "The standard deviation that a matrix begins with."
+    if name == 'head.weight': return 0.02
+    if name == 'embed.weight': return p.shape[1] ** -0.5 if self.shape['tied'] else 1.
+    writes = name.endswith(('attention.o.weight', 'mlp.down.weight'))
+    return (p.shape[1] * (2 * self.shape['layers'] if writes else 1)) ** -0.5
 
 # %% ../nbs/02_model.ipynb #60c0949b
 @patch
@@ -387,11 +392,11 @@ def check_prompt(model, prompt, tokens, temperature, top_k, top_p):
         if not fine: raise InputError(f'{name} is {value}: give a number {remedy}.')
     return ids.reshape(-1, ids.shape[-1])
 
-# %% ../nbs/02_model.ipynb #91a8a914
+# %% ../nbs/02_model.ipynb #cdec1500
 PRESETS = dict(
-    nano=dict(vocab=2048, width=128, layers=4, heads=4, hidden=384, length=128, tied=True),
-    micro=dict(vocab=2048, width=192, layers=6, heads=6, hidden=576, length=256, tied=True),
-    mini=dict(vocab=2048, width=320, layers=8, heads=10, hidden=960, length=512, tied=True))
+    nano=dict(vocab=2048, width=128, layers=4, heads=4, hidden=384, length=128),
+    micro=dict(vocab=2048, width=192, layers=6, heads=6, hidden=576, length=256),
+    mini=dict(vocab=2048, width=320, layers=8, heads=10, hidden=960, length=512))
 
 for name, *shape in [('60m', 512, 8, 8, 1376), ('130m', 768, 12, 12, 2048), ('350m', 1024, 24, 16, 2736),
                      ('1b', 2048, 24, 32, 5461), ('3b', 2560, 32, 32, 6848), ('7b', 4096, 32, 32, 11008)]:

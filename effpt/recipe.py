@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATES', 'PROMPT', 'defaults', 'Trained', 'prepare', 'first_process_first', 'is_plain', 'plain', 'functions',
-           'pretrain', 'pick_sizes', 'trainer_options', 'plan_run', 'finish', 'bytes_of_a_step', 'summary', 'read_run',
-           'open_run', 'resume']
+           'pretrain', 'pick_sizes', 'trainer_options', 'loggers', 'plan_run', 'finish', 'bytes_of_a_step', 'summary',
+           'read_run', 'open_run', 'resume']
 
 # %% ../nbs/10_recipe.ipynb #6be76d3d
 import dataclasses, inspect, json, os
@@ -17,20 +17,20 @@ import torch.distributed as dist
 from fastcore.meta import delegates
 from torch import nn
 
-# %% ../nbs/10_recipe.ipynb #e24ba336
+# %% ../nbs/10_recipe.ipynb #1412bd01
 from . import checkpoint
-from .basics import InputError
+from .basics import InputError, suggest
 from .corpus import load, split
 from .ledger import machine, measure_bytes
 from .loss import bits_per_byte, next_token
 from .model import PRESETS, Transformer, eager, generate, preset
-from .monitor import curve, report
+from .monitor import TensorBoard, WandB, curve, report
 from .schedule import cosine, warmup
 from .tokens import TokenStream, Tokenizer, encode, train_tokenizer
 from .train import Run, Trainer, adamw, assemble, check_folder, check_options, resolve_name, start_processes
 
-# %% ../nbs/10_recipe.ipynb #c402e46e
-RATES = dict(nano=8e-3, micro=5e-3, mini=3e-3)  # peak learning rate of AdamW; 1e-3 for the larger ones
+# %% ../nbs/10_recipe.ipynb #a7a3fae0
+RATES = dict(nano=6e-3, micro=4e-3, mini=3e-3)  # peak learning rate of AdamW; 1e-3 for the larger ones
 
 def defaults(
     size: str,  # a preset's name
@@ -100,8 +100,8 @@ def functions(arguments: dict) -> list:
     "Names of the arguments that it cannot hold."
     return sorted(k for k, v in arguments.items() if not is_plain(v) and v is not next_token)
 
-# %% ../nbs/10_recipe.ipynb #391b9199
-@delegates(Trainer, but=['model', 'batches', 'loss', 'evaluate', 'about'])
+# %% ../nbs/10_recipe.ipynb #8a24155c
+@delegates(Trainer, but=['model', 'batches', 'loss', 'callbacks', 'evaluate', 'about'])
 def pretrain(
     data='python/prose',  # a built-in corpus, a file, a folder, a data set's name, or a Dataset
     size: str = 'nano',  # a preset
@@ -111,6 +111,7 @@ def pretrain(
     lr: float | None = None,  # AdamW's peak learning rate; by size without one
     weight_decay: float = 0.1,  # AdamW's, on matrices
     warm: float = 0.05,  # share of the budget in which the rate rises
+    floor: float = 0.0,  # learning rate at the end, as a share of the peak
     batch: int | None = None,  # rows per step, over all processes; by size without one
     length: int | None = None,  # tokens per row; the preset's without one
     vocab: int | None = None,  # size of the vocabulary; the preset's without one
@@ -126,6 +127,8 @@ def pretrain(
     transforms=(),  # functions (batch, generator) -> batch
     model=None,  # a module in place of the preset
     loss=next_token,  # (model, batch) -> (sum, weight)
+    callbacks=(),  # what acts while training
+    log: str = '',  # 'tensorboard', 'wandb', or both with a comma
     resume: bool = False,  # go on with the run in `out`
     quiet: bool = False,  # print nothing
     **kwargs,  # of `Trainer`
@@ -136,7 +139,7 @@ def pretrain(
     trainer, tokenizer = plan_run(arguments, resume)
     return finish(trainer.fit(resume=resume), tokenizer)
 
-# %% ../nbs/10_recipe.ipynb #c4967495
+# %% ../nbs/10_recipe.ipynb #be3eb21a
 def pick_sizes(arguments: dict) -> dict:
     "Fill in what depends on the preset."
     size = arguments['size']
@@ -147,8 +150,15 @@ def pick_sizes(arguments: dict) -> dict:
 def trainer_options(a: dict) -> dict:
     "The arguments that go on to `Trainer`, with the baseline's optimizer and schedule where there are no others."
     known = inspect.signature(Trainer).parameters.keys() - {'model', 'batches', 'evaluate', 'about'}
-    baseline = dict(optimizer=partial(adamw, lr=a['lr'], weight_decay=a['weight_decay']), schedule=warmup(cosine, a['warm']))
-    return {**baseline, **{k: a[k] for k in known & a.keys()}}
+    baseline = dict(optimizer=partial(adamw, lr=a['lr'], weight_decay=a['weight_decay']), schedule=warmup(partial(cosine, floor=a['floor']), a['warm']))
+    return {**baseline, **{k: a[k] for k in known & a.keys()}, 'callbacks': (*a['callbacks'], *loggers(a['log']))}
+
+def loggers(names: str) -> list:
+    "The loggers with these names."
+    known, wanted = dict(tensorboard=TensorBoard, wandb=WandB), [n.strip() for n in names.split(',') if n.strip()]
+    for n in wanted:
+        if n not in known: raise InputError(f"there is no logger '{n}'{suggest(n, known)}")
+    return [known[n]() for n in wanted]
 
 # %% ../nbs/10_recipe.ipynb #23b4d082
 def plan_run(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TIMED', 'PROVISIONAL', 'WORTH_COMPILING', 'NUMBERS', 'SLOTS', 'CHOICES', 'assemble', 'bind', 'Budget', 'adamw', 'Run',
            'default_step', 'Diverged', 'resolve_name', 'blocks', 'compile_blocks', 'has_compiler', 'check_identity',
-           'interruptible', 'count_tokens', 'training_flops', 'start_processes', 'pick_device', 'Trainer',
-           'check_options', 'check_folder']
+           'interruptible', 'keep_memory', 'count_tokens', 'training_flops', 'start_processes', 'pick_device',
+           'Trainer', 'check_options', 'check_folder', 'seed_torch']
 
-# %% ../nbs/06_train.ipynb #94d8e086
-import contextlib, functools, importlib, inspect, json, math, os, re, shutil, signal, statistics, threading, time
+# %% ../nbs/06_train.ipynb #1542f0b3
+import contextlib, ctypes, functools, importlib, inspect, json, math, os, re, shutil, signal, statistics, sys, threading, time
 from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,14 @@ import torch, torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/06_train.ipynb #57618d9d
+# %% ../nbs/06_train.ipynb #c7a288a4
 from . import __version__, checkpoint
 from .basics import InputError, fingerprint, generator, human, number, seed_for, suggest, write_file
 from .basics import seconds as to_seconds
 from .ledger import Ledger, count_flops, machine
 from .loss import next_token
 from .model import eager
-from .monitor import Callback, JsonLines, ProgressBar
+from .monitor import JsonLines, LiveCurve, ProgressBar
 from .schedule import Progress, cosine, warmup
 
 # %% ../nbs/06_train.ipynb #d7b60a67
@@ -73,10 +73,10 @@ class Budget(NamedTuple):
 TIMED = 20  # steps after which seconds become steps
 PROVISIONAL = 2000  # steps that the schedule assumes until then
 
-# %% ../nbs/06_train.ipynb #fd355800
+# %% ../nbs/06_train.ipynb #306dd8a6
 def adamw(
     model: nn.Module,  # whose parameters
-    lr: float = 4e-3,  # the schedule's factor 1
+    lr: float = 6e-3,  # the schedule's factor 1
     betas: tuple = (0.9, 0.95),  # decay of the two moments
     eps: float = 1e-8,  # added to the root of the second moment
     weight_decay: float = 0.1,  # on matrices; vectors (norms, biases) have none
@@ -483,6 +483,15 @@ def interruptible(run: Run):
     finally:
         for number, old in before.items(): signal.signal(number, old)
 
+# %% ../nbs/06_train.ipynb #22cd467f
+def keep_memory():
+    "Let glibc keep freed blocks for the next step; elsewhere it does nothing."
+    threshold, most = (-3, 1 << 25), (-1, 2_000_000_000)  # M_MMAP_THRESHOLD at its maximum, M_TRIM_THRESHOLD
+    if not sys.platform.startswith('linux'): return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        for parameter, value in (threshold, most): libc.mallopt(parameter, value)
+
 # %% ../nbs/06_train.ipynb #22121aa4
 def count_tokens(batch: dict) -> int:
     "Tokens of a text batch; rows of any other."
@@ -501,7 +510,7 @@ def pick_device() -> torch.device:
     "This process's GPU, else the CPU."
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
 
-# %% ../nbs/06_train.ipynb #a715406b
+# %% ../nbs/06_train.ipynb #0900db74
 SLOTS = 'model', 'batches', 'loss', 'optimizer', 'schedule', 'callbacks'
 
 class Trainer:
@@ -532,7 +541,7 @@ class Trainer:
         spike: float = None,  # treat a loss above so many times the median of the last 50 likewise
         parallel=None,  # model -> model sharded over processes; data parallel without it
         about: dict = None,  # written into run.json
-        quiet: bool = False,  # no progress bar
+        quiet: bool = False,  # no progress bar, and no live curve in notebooks
     ):
         options = {k: v for k, v in locals().items() if k != 'self'}
         check_options(options)
@@ -552,7 +561,7 @@ def check_options(options: dict):
     if not 0 <= (options.get('evaluate_every') or 0) <= 1: raise InputError(f"evaluate_every is {options['evaluate_every']}: give a share of the budget, up to 1.")
     Budget.of(options.get('budget', 1))
 
-# %% ../nbs/06_train.ipynb #5d1e11e8
+# %% ../nbs/06_train.ipynb #0d857d66
 @patch
 def set_options(self: Trainer, budget, out, save_every, stages, precision, compile, about, quiet, **others):
     "Keep the options, read from what people write."
@@ -560,7 +569,7 @@ def set_options(self: Trainer, budget, out, save_every, stages, precision, compi
     self.budget, self.out, self.about = Budget.of(budget), Path(out) if out else None, about or {}
     self.save_every = save_every if isinstance(save_every, int) else to_seconds(save_every)
     self.auto, self.device, self.stages = dict(precision=precision, compile=compile), pick_device(), self.check_stages(stages)
-    self.watching = ([] if quiet else [ProgressBar()]) + ([JsonLines()] if self.out else [])
+    self.watching = ([] if quiet else [ProgressBar(), LiveCurve()]) + ([JsonLines()] if self.out else [])
     several = self.accumulate * (dist.get_world_size() if dist.is_initialized() else 1) > 1
     if several and getattr(assemble(self.slots['loss']), 'additive', True) is False:
         raise InputError('this loss does not add over parts of a batch: use accumulate=1 and one process.')
@@ -596,11 +605,12 @@ def check_folder(
     if described and not resume: raise InputError(f'{out} holds another run: choose another folder, or go on with it (effpt resume {out}).')
     if resume and not described: raise InputError(f'{out} holds no run to resume: it has no run.json.')
 
-# %% ../nbs/06_train.ipynb #4c8f5f97
+# %% ../nbs/06_train.ipynb #698165fa
 @patch
 def begin(self: Trainer, resume: bool) -> Run:
     "Make the run, or bring it back to where it was saved."
     check_folder(self.out, resume)
+    if self.device.type == 'cpu': keep_memory()
     was = json.loads((self.out/'run.json').read_bytes()) if resume else {}
     run = Run(self)
     run.enter(0)
@@ -665,14 +675,20 @@ def watched(self: Trainer, run: Run):
     try: yield
     finally: self.tell(run, 'after_fit')
 
-# %% ../nbs/06_train.ipynb #54c4a647
+# %% ../nbs/06_train.ipynb #7fab704a
+def seed_torch(seed: int):
+    "Set torch's global random streams, of the CPU and of CUDA where it is used."
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
+
+# %% ../nbs/06_train.ipynb #02683285
 @patch
 def advance(self: Trainer, run: Run):
     "One step."
     self.tell(run, 'before_step')
     factor = run.factor
     for group in (g for o in run.optimizers.values() for g in o.param_groups): group['lr'] = group['initial_lr'] * factor
-    torch.manual_seed(seed_for(run.seed, 'step', run.step, run.rank))  # for modules that draw from torch's global stream, such as dropout
+    seed_torch(seed_for(run.seed, 'step', run.step, run.rank))
     with run.ledger.charge('train', flops=run.step_flops, tokens=run.step_tokens): metrics = self.step(run, run.take())
     run.step, run.tokens, run.flops = run.step + 1, run.tokens + run.step_tokens, run.flops + run.step_flops
     if 'loss' in metrics: run.losses.append(metrics['loss'])

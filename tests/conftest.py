@@ -6,7 +6,7 @@ import pytest
 CACHE = tempfile.mkdtemp(prefix='effpt-tests-')
 os.environ.update(EFFPT_CACHE=CACHE, EFFPT_PROFILE='smoke', OMP_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false',
                   HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
-for name in 'EFFPT_DATA', 'EFFPT_KERNELS', 'TRITON_INTERPRET': os.environ.pop(name, None)
+for name in 'EFFPT_KERNELS', 'TRITON_INTERPRET': os.environ.pop(name, None)
 
 import effpt_kernels  # noqa: E402,F401  sets TRITON_INTERPRET where there is no GPU
 

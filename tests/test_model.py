@@ -42,7 +42,6 @@ def naive(model, tokens, seen):
 @pytest.mark.parametrize('ask', ['causal', 'bidirectional', 'prefix', 'documents'])
 def test_against_formulas(change, ask, tokens):
     model = Transformer(**TINY | change)
-    for p in model.parameters(): p.data *= 3
     documents = torch.tensor([[0] * 5 + [1] * 11, [3] * 10 + [2] * 6])
     batch = dict(causal={}, bidirectional=dict(mask='bidirectional'), prefix=dict(mask=torch.tensor([3, 16])), documents=dict(documents=documents))[ask]
     mask = attention_mask(batch, 16)[0]

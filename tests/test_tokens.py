@@ -99,7 +99,7 @@ def test_world_may_change_on_resume(store):
 @pytest.mark.parametrize('batch, length', [(1, 1), (3, 7), (2, 1000), (5, 64)])
 def test_every_token_once_an_epoch(store, batch, length):
     n = store.n_tokens // (batch * length)
-    made = first(TokenStream(store, batch, length), n)
+    made = first(TokenStream(store, batch, length, mix=1), n)
     line = torch.cat([b['tokens'].flatten() for b in made])
     assert torch.equal(torch.cat([b['targets'].flatten() for b in made])[:-1], line[1:])
     words = line[line > 0]

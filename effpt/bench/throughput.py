@@ -19,7 +19,7 @@ def settle():
     import torch
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
 
-# %% ../../nbs/bench/throughput.ipynb #050b5cc4
+# %% ../../nbs/bench/throughput.ipynb #b16a4390
 class Gate:
     "Lets a training loop run in blocks: `step` returns at once, except between two blocks."
     def __init__(self, warmup, ask, clock=time.perf_counter):
@@ -32,7 +32,7 @@ class Gate:
         if self.steps < self.warmup if self.until is None else self.clock() < self.until: return
         settle()
         block = self.ask(dict(steps=self.steps, seconds=self.clock() - self.start, **self.about))
-        if not block: os._exit(0)
+        if not block: sys.exit()
         self.steps, self.start = 0, self.clock()
         self.until = self.start + block['seconds']
 
@@ -44,12 +44,14 @@ def cut(tokens, i, rows, length):
     ids = torch.from_numpy(tokens[start:start + rows * length + 1].astype(np.int64))
     return ids[:-1].view(rows, length), ids[1:].view(rows, length)
 
-# %% ../../nbs/bench/throughput.ipynb #b7832e3a
+# %% ../../nbs/bench/throughput.ipynb #820aed16
 def bare(gate, store, size, rows, precision='float32', compile=False, **unused):
     "A loop written by hand."
     import torch, torch.nn.functional as F
     from effpt.model import preset
     from effpt.tokens import TokenStore
+    from effpt.train import keep_memory
+    keep_memory()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model, tokens = preset(size).to(device), TokenStore(store).tokens
     if compile: [block.compile(dynamic=False) for block in model.blocks]
@@ -144,11 +146,12 @@ def anonymous(pid: int) -> int:
     except OSError: return 0
     return next((int(l.split()[1]) * 1024 for l in lines if l.startswith('RssAnon')), 0)
 
-# %% ../../nbs/bench/throughput.ipynb #e69fd8cf
+# %% ../../nbs/bench/throughput.ipynb #5b85aa1f
 class Arm:
     "A process that trains in blocks when asked."
     def __init__(self, arm, rows, length, **config):
         self.tokens, self.log, self.speeds, self.memory, self.report = rows * length, tempfile.TemporaryFile(), [], 0, {}
+        self.born = time.perf_counter()
         command = [sys.executable, '-c', 'from effpt.bench.throughput import child; child()', json.dumps(dict(config, arm=arm, rows=rows))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1)
 
@@ -183,21 +186,22 @@ def end(self: Arm):
     self.process.wait()
     self.log.close()
 
-# %% ../../nbs/bench/throughput.ipynb #fc6ecbe3
+# %% ../../nbs/bench/throughput.ipynb #abc36890
 def take_turns(
     arms: dict,  # name -> arguments of `Arm`, or a function of the arms started so far that gives them
     blocks: int = 7,  # rounds that count
     seconds: float = 4.,  # of each block
-) -> dict:  # name -> dict with speeds (tokens/s of each round), memory and rss (bytes), report
+) -> dict:  # name -> dict with speeds (tokens/s of each round), memory and rss (peak bytes), start (s), precision, compile
     "Time arms in alternating blocks, each in a fresh process."
     started = {}
     try:
         for name, config in arms.items():
-            started[name] = Arm(**(config(started) if callable(config) else config))
-            started[name].wait()
+            arm = started[name] = Arm(**(config(started) if callable(config) else config))
+            arm.wait()
+            arm.start = time.perf_counter() - arm.born
         for _ in range(blocks + 1):
             for arm in started.values(): arm.block(seconds)
-        return {name: dict(speeds=arm.speeds[1:], memory=arm.memory, **arm.report) for name, arm in started.items()}
+        return {name: dict(speeds=arm.speeds[1:], memory=arm.memory, start=arm.start, **arm.report) for name, arm in started.items()}
     finally:
         for arm in started.values(): arm.end()
 
