@@ -229,12 +229,13 @@ def summary(
             f"fingerprint {meta['fingerprint']}")
     return '\n  '.join([head, each, *(f'note: {n}' for n in meta['notes'])])
 
-# %% ../nbs/00_corpus.ipynb #2827aa73
+# %% ../nbs/00_corpus.ipynb #126e5504
 def table(
     name: str,    # for the summary
     key: str,     # fingerprint of what the rows are made from
     rows,         # `rows(notes)` gives a generator of rows; notes is a list it may add sentences to
     quiet=False,  # print nothing
+    where=None,   # what the error names, in place of the name
 ) -> Dataset:
     "The memory-mapped table of these rows, from the cache where it is there; raises `InputError` if there are none."
     folder, notes = cache_folder('corpus')/key, []
@@ -243,7 +244,7 @@ def table(
         meta = {}
         with seal(folder, meta) as part:
             meta.update(write_rows(part/'data.arrow', rows(notes)), notes=notes)
-            if 'documents' not in meta: raise InputError(f"'{name}' holds no text: give at least one document that is not empty.")
+            if 'documents' not in meta: raise InputError(f"'{where or name}' holds no text: give at least one document that is not empty.")
     if not quiet: print(summary(name, meta))
     ds = Dataset.from_file(str(folder/'data.arrow'))
     return ds if meta['dated'] else ds.remove_columns('date')
@@ -617,7 +618,7 @@ def replaced(rules, sources):
     where = ', '.join(f'{sources[f]} {n:,}' for f, n in list(rules.replaced.items())[:5]) + ' ...' * (len(rules.replaced) > 5)
     return f'documents in which invalid UTF-8 was replaced: {sum(rules.replaced.values()):,} ({where})'
 
-# %% ../nbs/00_corpus.ipynb #2f9525fe
+# %% ../nbs/00_corpus.ipynb #cee18a3c
 def from_files(
     path: Path,   # a file or a folder
     name: str,    # for the summary, and the domain of a single file
@@ -636,7 +637,7 @@ def from_files(
         found = itertools.chain.from_iterable(file_rows(f, source, domain, rules) for f, source, domain in files)
         yield from itertools.islice(track(with_text(found, notes), limit, 'reading', 'doc', quiet), limit)
         if rules.replaced: notes.append(replaced(rules, {str(f): source for f, source, _ in files}))
-    return table(name, key, rows, quiet)
+    return table(name, key, rows, quiet, where=path)
 
 # %% ../nbs/00_corpus.ipynb #74a50b60
 def from_dataset(ds, name, rules, limit=None, quiet=False):
