@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'suggest', 'number', 'seconds', 'nbytes', 'human', 'fingerprint', 'seed_for', 'rng',
            'generator', 'sync_folder', 'full_disk_is_input_error', 'write_file', 'cache_folder', 'profile',
-           'by_profile', 'track']
+           'by_profile', 'end_with_parent', 'track']
 
-# %% ../nbs/00_basics.ipynb #65b3b9fc
-import contextlib, difflib, errno, hashlib, json, math, os, re, tempfile, warnings
+# %% ../nbs/00_basics.ipynb #925922c5
+import contextlib, difflib, errno, hashlib, json, math, multiprocessing, os, re, signal, tempfile, threading, warnings
 from pathlib import Path
 
 # %% ../nbs/00_basics.ipynb #cf73df55
@@ -198,6 +198,15 @@ def by_profile(
 ):  # one of the three
     "The value for the current profile."
     return dict(smoke=smoke, cpu=cpu, gpu=cpu if gpu is None else gpu)[profile()]
+
+# %% ../nbs/00_basics.ipynb #f777a420
+def end_with_parent():
+    "End this process when the one that started it ends, together with the group of processes that it leads, if it does."
+    def wait():
+        multiprocessing.parent_process().join()
+        if os.name != 'nt' and os.getpgrp() == os.getpid(): os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 # %% ../nbs/00_basics.ipynb #9c45e655
 warnings.filterwarnings('ignore', 'IProgress not found')  # what libraries with bars of their own say in a notebook without ipywidgets, before they draw them as text

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'STYLE', 'PRELOAD', 'FROM', 'png', 'figures', 'home', 'pag
            'run_page', 'outputs_fingerprint', 'only_draws', 'marked', 'why_run', 'minutes_of', 'chosen', 'mark',
            'estimate', 'refresh', 'Page', 'broken_links', 'Group', 'contents', 'sidebar', 'site', 'preview', 'readme']
 
-# %% ../nbs/13_book.ipynb #74ba01c8
+# %% ../nbs/13_book.ipynb #7541bae9
 import faulthandler, functools, html, io, json, multiprocessing, os, re, shutil, signal, sys, tempfile, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urldefrag
 
 from . import catalog
-from .basics import InputError, fingerprint, seconds as to_seconds, suggest, write_file
+from .basics import InputError, end_with_parent, fingerprint, seconds as to_seconds, suggest, write_file
 
 # %% ../nbs/13_book.ipynb #4e4abc65
 def png(
@@ -93,10 +93,11 @@ def _server():
     server.set_forkserver_preload(PRELOAD)
     return server
 
-# %% ../nbs/13_book.ipynb #79b37ade
+# %% ../nbs/13_book.ipynb #16f9f695
 def _child(pipe, log, environment, work, arguments):
     "Run `work(say, *arguments)` in a process of its own: what it returns, or how it failed, goes through `pipe`."
     os.setsid()   # so that whatever it starts can be ended with it
+    end_with_parent()
     with open(log, 'wb', buffering=0) as f:
         for descriptor in (1, 2): os.dup2(f.fileno(), descriptor)
     faulthandler.enable(all_threads=False)

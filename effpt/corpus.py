@@ -12,9 +12,9 @@ __all__ = ['SCHEMA', 'BLOCK', 'PACKAGES', 'SKIP', 'TOPICS', 'TEXT', 'ROWS', 'COD
            'from_dataset', 'from_hub', 'named_sets', 'load', 'words', 'content_key', 'shingles', 'Index',
            'shingle_index', 'hits', 'contained', 'Split', 'split']
 
-# %% ../nbs/00_corpus.ipynb #68088b01
+# %% ../nbs/00_corpus.ipynb #6e6c22a9
 import ast, contextlib, errno, gc, gzip, hashlib, importlib.util, itertools, json, math, multiprocessing, os, re, shutil, signal
-import sys, sysconfig, tempfile, textwrap, threading, time, warnings, zlib
+import sys, sysconfig, tempfile, textwrap, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,11 +25,11 @@ import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 import datasets
 from datasets import Dataset
 
-# %% ../nbs/00_corpus.ipynb #e59a7326
-from .basics import (InputError, cache_folder, fingerprint, full_disk_is_input_error, human, nbytes, number, suggest,
+# %% ../nbs/00_corpus.ipynb #fe827d7f
+from .basics import (InputError, cache_folder, end_with_parent, fingerprint, full_disk_is_input_error, human, nbytes, number, suggest,
                           sync_folder, track, write_file)
 
-# %% ../nbs/00_corpus.ipynb #f19efc24
+# %% ../nbs/00_corpus.ipynb #67008df2
 _task = None
 
 def _begin(fn, shared):
@@ -37,11 +37,7 @@ def _begin(fn, shared):
     _task = fn, shared
     gc.disable()  # short-lived workers: collecting syntax trees would cost as much as building them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 def _do(job): return _task[0](_task[1], job)
 

@@ -1,4 +1,8 @@
 """Every page of the book runs in the smoke profile, in a process of its own, against the installed package."""
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,3 +33,22 @@ def test_page(runs, page, page_seconds):
 
 def test_there_are_pages():
     assert 'index' in PAGES and len(PAGES) > 3
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='sessions of processes')
+def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path):
+    "Else a run that was killed would go on unseen, and the next attempt would write to the same folder."
+    (tmp_path/'nap.py').write_text('import os, time\ndef nap(say): print(os.getpid(), file=open("pid", "w"), flush=True); os.rename("pid", "started"); time.sleep(600)\n')
+    (tmp_path/'ask.py').write_text('from effpt.book import forked\nfrom nap import nap\nif __name__ == "__main__": forked(nap, timeout=600)\n')
+    asking = subprocess.Popen([sys.executable, 'ask.py'], cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not (tmp_path/'started').exists() and time.monotonic() < until: time.sleep(.05)
+    napping = int((tmp_path/'started').read_text())
+    asking.kill()
+    asking.wait()
+    while time.monotonic() < until:
+        try: os.kill(napping, 0)
+        except ProcessLookupError: return
+        time.sleep(.05)
+    os.kill(napping, 9)
+    pytest.fail('it is still there')
