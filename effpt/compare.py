@@ -6,8 +6,8 @@
 __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'STATE', 'LADDER_SEEDS', 'PAYS', 'Interval', 'residual_variance',
            'wildness', 't_quantile', 'surely_wild', 'differences', 'Ladder', 'rejected_rungs', 'hermite', 'Multiplier',
            'statistic', 'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'named', 'text_key', 'full',
-           'code_of', 'code_key', 'run_key', 'run_arm', 'smoothed', 'finished', 'made', 'check_comparable',
-           'time_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
+           'code_of', 'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
+           'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
            'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'Table', 'or_why_not',
            'smooth_curve', 'Claim', 'Verdict', 'ratio', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
            'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
@@ -289,15 +289,20 @@ def smoothed(history: list, kept: list) -> list:
     edges = [0] + [r['step'] for r in kept]
     return [[r['tokens'], r['flops'], r['seconds'], float(np.mean([h['loss'] for h in history[a:b]]))] for r, a, b in zip(kept, edges, edges[1:]) if b > a]
 
-# %% ../nbs/08_compare.ipynb #e2082ec1
-def finished(
-    recipe: dict,
-    seed: int,
-    text: dict,  # of `text_key`
-) -> dict | None:
-    "The result of a run that has been made before."
-    path = cache_folder('runs')/run_key(recipe, seed, text)/'result.json'
-    return json.loads(path.read_bytes()) if path.exists() else None
+# %% ../nbs/08_compare.ipynb #9485cf4d
+def once(
+    folder: Path,  # of the result
+    work,  # `work(say, *arguments)` at the top of a module: gives a dict
+    *arguments,
+    **about,  # kept beside the result
+) -> dict:  # the result, or {'error': traceback}
+    "What `work` gives: read, where it has been done before, else from a process of its own."
+    path = folder/'result.json'
+    if path.exists(): return json.loads(path.read_bytes())
+    end = forked(work, *arguments, timeout=1e6)
+    if end.how != 'done': return dict(error=str(end.value).strip())
+    write_file(path, json.dumps(end.value | about | dict(date=time.strftime('%Y-%m-%d'))))
+    return end.value
 
 def made(
     recipe: dict,
@@ -305,14 +310,11 @@ def made(
     text: dict,  # of `text_key`
     threads: int = None,  # of the process; as many as torch takes without it
 ) -> dict:  # the result, or {'error': traceback}
-    "A run's result: from the cache, or from a process of its own."
-    if found := finished(recipe, seed, text): return found
+    "A run's result."
     folder = cache_folder('runs')/run_key(recipe, seed, text)
-    end = forked(run_arm, recipe, seed, str(folder/'run'), threads, timeout=1e6)
-    if end.how != 'done': return dict(error=str(end.value).strip())
-    write_file(folder/'result.json', json.dumps(end.value | dict(recipe=recipe, seed=seed, text=text, date=time.strftime('%Y-%m-%d'))))
-    shutil.rmtree(folder/'run', ignore_errors=True)
-    return end.value
+    result = once(folder, run_arm, recipe, seed, str(folder/'run'), threads, recipe=recipe, seed=seed, text=text)
+    if 'error' not in result: shutil.rmtree(folder/'run', ignore_errors=True)
+    return result
 
 # %% ../nbs/08_compare.ipynb #4e93a14d
 def check_comparable(
@@ -327,20 +329,26 @@ def check_comparable(
         if one['vocab'] != other['vocab'] and metric != 'bpb':
             raise InputError(f"'{first}' and '{name}' have vocabularies of {one['vocab']} and {other['vocab']}: compare them in bits per byte (metric='bpb').")
 
-# %% ../nbs/08_compare.ipynb #c008a9d7
+# %% ../nbs/08_compare.ipynb #318a4d27
 def time_in_turn(say, recipes: dict, rounds: int, steps: int) -> dict:  # in a process of its own
     "Seconds of a step of each arm, without what it charges apart."
-    runs, took = {}, {name: [] for name in recipes}
-    for name, recipe in recipes.items():
-        trainer, _ = plan_run(full(recipe) | dict(seed=0))
-        runs[name] = trainer, trainer.begin(False)
-        trainer.tell(runs[name][1], 'before_fit')
-        for _ in range(3): trainer.advance(runs[name][1])
+    return steps_in_turn({name: plan_run(full(recipe) | dict(seed=0))[0] for name, recipe in recipes.items()}, rounds, steps)
+
+def steps_in_turn(
+    trainers: dict,  # name -> `Trainer`
+    rounds: int,  # how often each has its turn
+    steps: int,  # in a turn
+) -> dict:  # name -> seconds
+    "The median over turns of the seconds of a step."
+    runs, took = {name: trainer.begin(False) for name, trainer in trainers.items()}, {name: [] for name in trainers}
+    for name, trainer in trainers.items():
+        trainer.tell(runs[name], 'before_fit')
+        for _ in range(3): trainer.advance(runs[name])
     for _ in range(rounds):
-        for name, (trainer, run) in runs.items():
-            before = own_seconds(run.ledger.state_dict())
-            for _ in range(steps): trainer.advance(run)
-            took[name].append((own_seconds(run.ledger.state_dict()) - before) / steps)
+        for name, trainer in trainers.items():
+            before = own_seconds(runs[name].ledger.state_dict())
+            for _ in range(steps): trainer.advance(runs[name])
+            took[name].append((own_seconds(runs[name].ledger.state_dict()) - before) / steps)
     return {name: float(np.median(t)) for name, t in took.items()}
 
 def own_seconds(ledger: dict) -> float: return ledger['accounts'].get('train', {}).get('seconds', 0.)
