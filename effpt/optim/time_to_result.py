@@ -92,7 +92,7 @@ def share_within(
     "The performance profile."
     return np.mean([r <= np.asarray(tau, float) for r in ratios.values()], 0)
 
-# %% ../../nbs/optim/time_to_result.ipynb #1b504f41
+# %% ../../nbs/optim/time_to_result.ipynb #5bbb7565
 class Workload(NamedTuple):
     "A task in which everything but the training algorithm is fixed."
     make: object  # (recipe, seed, budget) -> `Trainer`: a function at the top of a module, or a `partial` of one
@@ -101,7 +101,7 @@ class Workload(NamedTuple):
     varies: str = ''  # the workload that this is a variant of
 
 FREE = 'optimizer', 'schedule', 'callbacks', 'lr', 'weight_decay', 'warm', 'floor', 'clip', 'accumulate'
-TASK = dict(size='nano', evaluate_every=1 / 40, precision='float32', compile=False)
+TASK = dict(size='nano', evaluate_every=1 / 32, precision='float32', compile=False)
 
 def check_submission(recipe: dict, name: str = ''):
     "Raise `InputError` where a recipe changes the task."
@@ -229,8 +229,8 @@ def label_errors(model, x, y) -> dict:
     with torch.no_grad(): logits = model(dict(images=x.to(place))).float().cpu()
     return dict(loss=F.cross_entropy(logits, y).item(), error=(logits.argmax(-1) != y).float().mean().item())
 
-# %% ../../nbs/optim/time_to_result.ipynb #3cb0f5f5
-SMALL = dict(shape=dict(width=64, layers=2, heads=2, hidden=192), vocab=1024, length=64, batch=16, eval_tokens='20k')
+# %% ../../nbs/optim/time_to_result.ipynb #574d2f8b
+SMALL = dict(shape=dict(width=64, layers=2, heads=2, hidden=192), vocab=1024, length=64, batch=16, eval_tokens='10k')
 
 def workloads(
     profile: str,  # smoke, cpu or gpu
@@ -238,7 +238,7 @@ def workloads(
 ) -> dict:  # name -> `Workload`
     "The tasks of a profile."
     if profile != 'gpu':
-        small, text, rows = dict(SMALL, **task), *(('400k', 30_000) if profile == 'cpu' else (2048, 256))
+        small, text, rows = dict(SMALL, **task), *(('256k', 20_000) if profile == 'cpu' else (2048, 256))
         return dict(text=Workload(partial(language, **small), text, 'bpb'), images=Workload(images, rows))
     big = dict(precision='bf16', eval_tokens='50k') | task
     text = partial(language, **big)
