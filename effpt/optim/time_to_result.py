@@ -259,7 +259,7 @@ def submissions(
     around = {'adamw, per layer': dict(optimizer=[dict(name='adamw', lr=defaults('nano')['lr']), 'per_layer']), 'lamb, agvm': dict(optimizer=['lamb', 'agvm'], accumulate=2)}
     return {'adamw': {}, **found, **around}
 
-# %% ../../nbs/optim/time_to_result.ipynb #c3043330
+# %% ../../nbs/optim/time_to_result.ipynb #0b1b1616
 class Evaluations(Callback):
     "What was seen of a metric, and after how many steps."
     def __init__(self, metric): self.metric, self.rows = metric, []
@@ -277,6 +277,7 @@ def run_trial(workload: Workload, recipe: dict, seed: int, budget) -> dict:
     except Diverged: return dict(evaluations=seen.rows, diverged=True)
     return dict(evaluations=seen.rows, steps=run.step, ledger=dict(accounts=run.ledger.state_dict()['accounts']))
 
+# %% ../../nbs/optim/time_to_result.ipynb #0dd4cbb7
 def trials(
     workload: Workload,
     recipe: dict,  # of a submission
