@@ -88,3 +88,11 @@ def test_hidden_tokens_do_not_leak():
     asked = hidden['weights'].bool()
     assert .07 < (hidden['tokens'][asked] == tokens[asked]).float().mean() < .14
     assert (hidden['tokens'][~asked] == tokens[~asked]).all() and hidden['tokens'].max() == 256
+
+
+@pytest.mark.parametrize('name', t.submissions())
+def test_every_submission_can_run_on_every_task(name):
+    tasks = t.workloads('smoke', limit=100, eval_tokens='1k') | dict(images=t.Workload(t.images, 128))
+    for task in tasks.values():
+        trial = t.run_trial(task, t.submissions()[name], 0, 128 if task.metric == 'loss' else 2048)
+        assert trial['steps'] == 2 and math.isfinite(trial['evaluations'][-1][1])

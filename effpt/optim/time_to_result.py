@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/optim/time_to_result.ipynb #c829e84c
+# %% ../../nbs/optim/time_to_result.ipynb #42f6808f
 from ..basics import InputError, cache_folder, fingerprint, generator, number, suggest, track
 from ..book import COLOURS, forked
-from ..catalog import arguments, golden_fingerprint, part_of, techniques
+from ..catalog import arguments, part_of, techniques
 from ..compare import FACTORS, TUNING_SEED, Table, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
 from ..ledger import count_flops, machine
 from ..loss import held_out, held_out_rows, plain_loss, summed_loss
@@ -246,7 +246,7 @@ def workloads(
             'text, wide': Workload(partial(text, shape=dict(width=192, hidden=576)), '2M', 'bpb', 'text'), 'text, batch 64': Workload(partial(text, batch=64), '4M', 'bpb', 'text'),
             'encoder': Workload(partial(encoder, **big), '4M'), 'images': Workload(partial(images, width=64, layers=4), 60_000)}
 
-# %% ../../nbs/optim/time_to_result.ipynb #cf28716d
+# %% ../../nbs/optim/time_to_result.ipynb #2485c7c9
 def submissions(
     width: int = 64,  # of the models
 ) -> dict:  # name -> recipe
@@ -254,6 +254,8 @@ def submissions(
     fitting = dict(rank=width // 4, update_gap=100, every=100, warmup=30)
     names = [n for n, t in techniques('optimizer').items() if t['kind'] == 'base' and part_of(t['page']) == 'optim']
     found = {n: dict(optimizer={'name': n} | {k: v for k, v in fitting.items() if k in arguments(n)}) for n in names}
+    for name in names:
+        if 'rank' in arguments(name): found[name]['optimizer']['match'] = 'blocks.*'   # patches and classes are fewer than a rank
     if 'schedule_free' in found: found['schedule_free']['schedule'] = ['constant', dict(name='warmup', share=.05)]
     for name in found.keys() & {'spam', 'stable_spam'}: found[name]['clip'] = 0   # they clip in their own way
     around = {'adamw, per layer': dict(optimizer=[dict(name='adamw', lr=defaults('nano')['lr']), 'per_layer']), 'lamb, agvm': dict(optimizer=['lamb', 'agvm'], accumulate=2)}
@@ -277,17 +279,15 @@ def run_trial(workload: Workload, recipe: dict, seed: int, budget) -> dict:
     except Diverged: return dict(evaluations=seen.rows, diverged=True)
     return dict(evaluations=seen.rows, steps=run.step, ledger=dict(accounts=run.ledger.state_dict()['accounts']))
 
-# %% ../../nbs/optim/time_to_result.ipynb #0dd4cbb7
+# %% ../../nbs/optim/time_to_result.ipynb #ec3bb7e9
 def trials(
     workload: Workload,
     recipe: dict,  # of a submission
     factors=FACTORS,  # of its learning rate
     seeds=(0, 1, 2),  # a study each
-    share: float = 1.,  # of the workload's budget
 ) -> dict:  # trials, machine; or error
     "The trials of a submission on a workload; what has been run before is read."
-    budget = int(number(workload.budget) * share)
-    recipes = at_rates(recipe, factors)
+    budget, recipes = int(number(workload.budget)), at_rates(recipe, factors)
     return once(folder_of(workload, recipes, seeds, budget), run_trials, workload, recipes, list(seeds), budget)
 
 def at_rates(recipe: dict, factors) -> list:  # (factor, recipe)
