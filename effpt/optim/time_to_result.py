@@ -137,7 +137,7 @@ def hide(
     shown = torch.where(u < .8 * share, vocab, torch.where(u < .9 * share, any_token, tokens))
     return {k: v for k, v in batch.items() if k == 'documents'} | dict(tokens=shown, targets=tokens, weights=(u < share).float(), mask='bidirectional')
 
-# %% ../../nbs/optim/time_to_result.ipynb #15c51c5b
+# %% ../../nbs/optim/time_to_result.ipynb #caf0467a
 def encoder(
     recipe: dict,  # of a submission
     seed: int,
@@ -156,11 +156,8 @@ def encoder(
 
 def hidden_loss(model: nn.Module, rows: dict, batch: int = 64) -> dict:
     "The mean loss of all hidden tokens."
-    shared = {k: v for k, v in rows.items() if not torch.is_tensor(v)}
-    cut = {k: v for k, v in rows.items() if torch.is_tensor(v)}
-    with torch.no_grad():
-        sums = [plain_loss(model, shared | {k: v[i:i + batch].to(next(model.parameters()).device) for k, v in cut.items()}) for i in range(0, len(rows['tokens']), batch)]
-    return dict(loss=float(sum(s for s, _ in sums)) / float(sum(w for _, w in sums)))
+    def both_ways(model, part): return plain_loss(model, part | dict(mask='bidirectional'))
+    return dict(loss=summed_loss(model, {k: v for k, v in rows.items() if torch.is_tensor(v)}, batch, both_ways) / float(rows['weights'].sum()))
 
 # %% ../../nbs/optim/time_to_result.ipynb #1896b553
 class Patches(nn.Module):
