@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/optim/time_to_result.ipynb #42f6808f
+# %% ../../nbs/optim/time_to_result.ipynb #fae37561
 from ..basics import InputError, cache_folder, fingerprint, generator, number, suggest, track
 from ..book import COLOURS, forked
 from ..catalog import arguments, part_of, techniques
@@ -37,10 +37,10 @@ from ..ledger import count_flops, machine
 from ..loss import held_out, held_out_rows, plain_loss, summed_loss
 from ..model import Block, preset
 from ..monitor import Callback
-from ..recipe import defaults, describe, entries, pick_sizes, plan_run, text_of, trainer_options
+from ..recipe import defaults, describe, pick_sizes, plan_run, text_of, trainer_options
 from ..train import Diverged, Trainer
 
-# %% ../../nbs/optim/time_to_result.ipynb #b8b13e69
+# %% ../../nbs/optim/time_to_result.ipynb #cf31941b
 def first_reached(
     evaluations: list,  # (when, value), in order; small values are good
     target: float,
@@ -50,8 +50,8 @@ def first_reached(
     for when, value in evaluations:
         if value <= target:
             if before is None: return float(when)
-            (start, above), share = before, (before[1] - target) / (before[1] - value)
-            return start + share * (when - start)
+            start, above = before
+            return start + (above - target) / (above - value) * (when - start)
         before = (when, value) if math.isfinite(value) else None
     return math.inf
 
