@@ -101,11 +101,11 @@ TOUCHES = ('documents', 'order', 'domains', 'tokens', 'targets', 'mask', 'positi
            'embeddings', 'attention', 'feed-forward', 'norms', 'linear layers', 'shape', 'precision', 'hidden states', 'logits', 'loss',  # the model
            'parameters', 'gradients', 'gradients of matrices', 'backward', 'updates', 'optimizer state', 'learning rate', 'weight decay', 'step', 'evaluation')  # training
 
-# %% ../nbs/09_catalog.ipynb #84447cc5
+# %% ../nbs/09_catalog.ipynb #a4eb382f
 NEEDED = object()
 CARD = dict(papers=(list, NEEDED), saves=(str, NEEDED), costs=(str, NEEDED), when=(str, NEEDED), avoid=(str, NEEDED), techniques=(dict, NEEDED), claims=(list, []),
             sources=(dict, {}))  # {title: address} of publications that are not in the catalogue
-TECHNIQUE = dict(slot=(str, NEEDED), kind=(str, NEEDED), touches=(list, []), case=(dict, {}), without=(list, []), not_on=(list, []), wrong=(list, []), also=(list, []))
+TECHNIQUE = dict(slot=(str, NEEDED), kind=(str, NEEDED), touches=(list, []), case=(dict, {}), without=(list, []), needs=(list, []), not_on=(list, []), wrong=(list, []), also=(list, []))
 CLAIM = dict(says=(str, NEEDED), arm=(str, ''), cost=(str, ''), paper=(dict, {}), scale=((int, float), 0))
 
 # %% ../nbs/09_catalog.ipynb #27a4b652
@@ -226,7 +226,7 @@ def techniques(
     if slot is not None: _one_of(slot, {*SLOTS, *(t['slot'] for t in found.values())}, 'there is no slot')
     return {n: t for n, t in found.items() if slot in (None, t['slot'])}
 
-# %% ../nbs/09_catalog.ipynb #dae6394d
+# %% ../nbs/09_catalog.ipynb #a5e94d93
 @functools.lru_cache(4)
 def _techniques(root, texts):
     "All of them, by name, as long as no module has changed."
@@ -237,6 +237,7 @@ def _techniques(root, texts):
             found[name] = _entry(source, name, card, t)
     for name, t in found.items():
         for other in t['without']: _one_of(other, found, f"{t['page']}: the card's technique '{name}' must not be combined with")
+        for other in t['needs']: _one_of(other, found, f"{t['page']}: the card's technique '{name}' needs")
     return found
 
 # %% ../nbs/09_catalog.ipynb #2bf81cad

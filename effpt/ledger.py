@@ -194,12 +194,12 @@ def _attending(layers, width, length, causal):
     forward = 4. * layers * width * length * (.5 if causal else 1)
     return Flops(0., forward, 2 * forward)
 
-# %% ../nbs/05_ledger.ipynb #2a0c72e0
+# %% ../nbs/05_ledger.ipynb #cb9580a5
 def _own(module, length, causal):
     "What this module itself does, without its children; None where it is no product that we know."
     if hasattr(module, 'forward_flops'):
         forward = float(module.forward_flops(length, causal))
-        return Flops(forward, 0., 2 * forward)
+        return Flops(forward, 0., float(module.backward_flops(length, causal)) if hasattr(module, 'backward_flops') else 2 * forward)
     if isinstance(module, nn.Linear): return _product(module.in_features * module.out_features, module.weight.requires_grad)
     if type(module).__name__ == 'Conv1D' and getattr(module, 'nf', None): return _product(module.weight.numel(), module.weight.requires_grad)
     if isinstance(module, nn.MultiheadAttention):

@@ -41,11 +41,16 @@ def cases(*slots):
     return found
 
 
+def with_needed(specs):
+    "And what their cards say that they need, unless it is there."
+    needed = dict.fromkeys(n for one in specs for n in TECHNIQUES[one['name']].get('needs', ()))
+    return [spec(n) for n in needed if n not in {one['name'] for one in specs}] + specs
+
+
 def recipe(*specs):
     "The recipe that puts each technique on its slot: bases before wrappers, and the plainest base where there is none."
-    slots = {}
-    for one in specs:
-        one = spec(one) if isinstance(one, str) else one
+    slots, specs = {}, [spec(one) if isinstance(one, str) else one for one in specs]
+    for one in with_needed(specs):
         slots.setdefault(TECHNIQUES[one['name']]['slot'], []).append(one)
     wraps = lambda one: TECHNIQUES[one['name']]['kind'] == 'wrapper'
     for slot, entries in slots.items():
