@@ -46,7 +46,7 @@ from ..optim.rules import inner_shapes
 from ..optim.spam import forget, restart
 from ..schedule import constant
 
-# %% ../../nbs/arch/low_rank.ipynb #85ab290a
+# %% ../../nbs/arch/low_rank.ipynb #2918abbc
 STARTS = 'scaled', 'spectral', 'zero'
 
 def factors_of(
@@ -60,7 +60,7 @@ def factors_of(
     if start == 'spectral':
         u, s, vt = torch.linalg.svd(w.float(), full_matrices=False)
         root = s[:rank].sqrt()
-        return (root[:, None] * vt[:rank]).to(w.dtype), (u[:, :rank] * root).to(w.dtype)
+        return (root[:, None] * vt[:rank]).to(w.dtype).contiguous(), (u[:, :rank] * root).to(w.dtype).contiguous()
     (m, n), spread = w.shape, w.float().std().item()
     size = spread * math.sqrt(m * n / rank)
     def random(shape, inputs, what): return torch.empty(shape).normal_(0, math.sqrt(inputs), generator=generator(seed, what, name)).to(w)
