@@ -34,13 +34,19 @@ def forbidden(techniques):
     return sorted({tuple(sorted((name, other))) for name, t in techniques.items() for other in t['without'] if other in techniques})
 
 
+def impossible(techniques):
+    "These, and those of which one needs what the other, or something that it needs, must not meet."
+    named, whole = set(forbidden(techniques)), {name: [name, *t.get('needs', ())] for name, t in techniques.items()}
+    return {(a, b) for a, b in itertools.combinations(sorted(techniques), 2) if any(tuple(sorted((x, y))) in named for x in whole[a] for y in whole[b])}
+
+
 def together(names, excluded):
     return not any(pair in excluded for pair in itertools.combinations(sorted(n for n in names if n), 2))
 
 
 def covering_array(techniques):
     "Runs, each a list of names, in which every pair of techniques that may go together does."
-    found, excluded = list(dimensions(techniques).values()), set(forbidden(techniques))
+    found, excluded = list(dimensions(techniques).values()), impossible(techniques)
     if len(found) < 2: return [[n] for names in found for n in names if n]
     rows = [list(row) for row in AllPairs(found, filter_func=lambda row: together(row, excluded))]
     missing = pairs_of(found) - excluded - set().union(*map(pairs_in, rows))       # with exclusions, AllPairs leaves some out

@@ -8,7 +8,7 @@ __all__ = ['card', 'STARTS', 'MOMENTS', 'FIRST', 'SECOND', 'factors_of', 'LowRan
            'check_every', 'Residual', 'relora', 'MergeAndRestart', 'merge', 'prune_moments', 'merge_and_restart',
            'jagged']
 
-# %% ../../nbs/arch/low_rank.ipynb #feded6be
+# %% ../../nbs/arch/low_rank.ipynb #32388ab5
 card = {
     'papers': ['003'],
     'sources': {'Stack More Layers Differently: High-Rank Training Through Low-Rank Updates': 'https://arxiv.org/abs/2307.05695',
@@ -21,9 +21,9 @@ card = {
         'low_rank': {'slot': 'model', 'kind': 'conversion', 'touches': ['linear layers'], 'case': {'rank': 4, 'quiet': True},
                      'also': [{'start': 'spectral'}, {'start': 'zero'}], 'wrong': [{'rank': 0}, {'rank': 4096}]},
         'relora': {'slot': 'model', 'kind': 'conversion', 'touches': ['linear layers'], 'case': {'rank': 4, 'quiet': True}, 'without': ['low_rank'], 'wrong': [{'rank': 0}, {'rank': 4096}, {'alpha': 0}]},
-        'refactorize': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['optimizer state', 'parameters'], 'case': {'every': 2}, 'needs': ['low_rank'], 'without': ['relora'],
+        'refactorize': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['optimizer state', 'parameters'], 'case': {'every': 2}, 'needs': ['low_rank'],
                         'also': [{'moments': 'carry'}, {'moments': 'keep'}], 'wrong': [{'every': 0}]},
-        'merge_and_restart': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['optimizer state', 'parameters'], 'case': {'every': 2}, 'needs': ['relora'], 'without': ['low_rank', 'refactorize'],
+        'merge_and_restart': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['optimizer state', 'parameters'], 'case': {'every': 2}, 'needs': ['relora'],
                               'wrong': [{'every': 0}, {'forget': 2}]},
         'jagged': {'slot': 'schedule', 'kind': 'wrapper', 'touches': ['learning rate'], 'case': {'every': 3, 'warm': 1}, 'wrong': [{'every': 0}, {'warm': 9}]}},
     'claims': [
@@ -139,7 +139,7 @@ def refactorized(
     root = s.sqrt()
     return root[:, None] * (vt @ qa.T), qb @ (u * root), torch.linalg.pinv(ra) @ (vt.T * root), root[:, None] * (u.T @ torch.linalg.pinv(rb).T)
 
-# %% ../../nbs/arch/low_rank.ipynb #ac14e8b4
+# %% ../../nbs/arch/low_rank.ipynb #254c4cc0
 MOMENTS = 'reset', 'carry', 'keep'
 FIRST, SECOND = ('exp_avg', 'm'), ('exp_avg_sq', 'v')   # names of moments in torch's optimizers, and in those of this book
 
@@ -150,7 +150,8 @@ def carry(state: dict, left=None, right=None):
             value = state.get(name)
             if not torch.is_tensor(value) or value.ndim != 2: continue
             if f'{name}_scale' in state: raise InputError("moments in 8 bits cannot be carried: refactorize with moments='reset'.")
-            value.copy_((left ** power) @ value.float() if left is not None else value.float() @ (right ** power))
+            wide = value.to((right if left is None else left).dtype)
+            value.copy_(wide @ right ** power if left is None else left ** power @ wide)
 
 class Refactorize(Callback):
     "Balances the factors of a run's low-rank layers every so many steps."
