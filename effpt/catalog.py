@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SLOTS', 'KINDS', 'COSTS', 'TOUCHES', 'NEEDED', 'CARD', 'TECHNIQUE', 'CLAIM', 'SPINE', 'SCHEMA', 'PROFILES',
-           'COLUMNS', 'STATES', 'STYLE', 'SCRIPT', 'Source', 'part_of', 'place', 'modules', 'find_page', 'check_card',
-           'card', 'techniques', 'Arguments', 'arguments', 'papers', 'golden_fingerprint', 'code_fingerprint',
-           'write_record', 'records', 'record', 'is_stale', 'used_by', 'arms_of', 'verdict', 'numbers', 'Shown',
-           'when_measured', 'show_card', 'part_rows', 'part_points', 'part_table', 'catalogue_rows', 'Catalogue',
-           'catalogue']
+           'STATE', 'AXES', 'COLUMNS', 'STATES', 'STYLE', 'SCRIPT', 'Source', 'part_of', 'place', 'modules',
+           'find_page', 'check_card', 'card', 'techniques', 'Arguments', 'arguments', 'papers', 'golden_fingerprint',
+           'code_fingerprint', 'write_record', 'records', 'record', 'is_stale', 'used_by', 'arms_of', 'verdict',
+           'numbers', 'Shown', 'when_measured', 'show_card', 'part_rows', 'part_points', 'part_figure', 'part_table',
+           'catalogue_rows', 'Catalogue', 'catalogue']
 
 # %% ../nbs/09_catalog.ipynb #9e2ad78c
 import ast, copy, functools, html, importlib.util, json, math, re, time
@@ -513,21 +513,46 @@ def part_rows(
         if about['technique']: rows.append({**about, 'verdict': verdict(r, names) + stale})
     return rows
 
-# %% ../nbs/09_catalog.ipynb #a6fd6a3d
+# %% ../nbs/09_catalog.ipynb #3167c633
+STATE = 'parameters', 'gradients', 'optimizer'  # the bytes that do not depend on the batch
+AXES = {'optimizer': 'bytes of optimizer state', 'state': 'bytes of weights, gradients and moments', 'flops': 'FLOPs', 'seconds': 'seconds'}
+
 def part_points(
     part: str,  # 'optim'
-    kind: str = 'optimizer',  # of the bytes: parameters, gradients, optimizer, activations
+    cost: str = 'optimizer',  # optimizer or state, in bytes; flops or seconds
     root=None,  # folder of the package, if not this one
-) -> list:  # of dictionaries: page, arm, bytes, difference, low, high
+) -> list:  # of dictionaries: page, arm, cost, difference, low, high, baseline
     "Every measured arm of a part's pages, without the arms that failed."
+    _one_of(cost, AXES, 'there is no cost')
     found = []
     for source, c in _cards(root):
         r = record(source.page, root=root) if part_of(source.page) == part else None
         for name, a in (r or {}).get('arms', {}).items():
-            if a.get('error') or kind not in a.get('bytes', {}): continue
-            d = a['difference']
-            found.append(dict(page=source.page, arm=name, bytes=a['bytes'][kind], difference=d['mean'], low=d['low'], high=d['high'], baseline=name == r['baseline']))
+            if a.get('error'): continue
+            spent = sum(a['bytes'].get(k, 0) for k in (STATE if cost == 'state' else [cost])) if cost in ('state', 'optimizer') else a[cost]
+            found.append(dict(page=source.page, arm=name, cost=spent, baseline=name == r['baseline'], **{k if k != 'mean' else 'difference': a['difference'][k] for k in ('mean', 'low', 'high')}))
     return found
+
+def part_figure(
+    part: str,  # 'optim'
+    cost: str = 'optimizer',  # optimizer or state, in bytes; flops or seconds
+    root=None,  # folder of the package, if not this one
+):
+    "How much better or worse than its baseline each arm of a part's pages is, with its interval, against what it costs."
+    points = part_points(part, cost, root)
+    if not points: return Shown('Nothing of this part has been measured yet.')
+    import matplotlib.pyplot as plt
+    scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, '')
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for page in dict.fromkeys(p['page'] for p in points):
+        own = [p for p in points if p['page'] == page and not p['baseline']]
+        x, y = [p['cost'] / scale for p in own], [p['difference'] for p in own]
+        axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='o', capsize=2, label=page.partition('/')[2])
+        for p, a, b in zip(own, x, y): axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7)
+    axis.axhline(0, color='#444444', lw=.8)
+    axis.set(xlabel=f'{unit} {AXES[cost].removeprefix("bytes")}'.strip() if unit else AXES[cost], ylabel='loss minus that of the baseline')
+    axis.legend()
+    return figure
 
 # %% ../nbs/09_catalog.ipynb #b9b70096
 def part_table(
