@@ -1,13 +1,12 @@
 """Low-rank layers on other people's models: there and back, refactorization that changes nothing but the descent, and ReLoRA's restarts."""
-import copy, math
+import copy
 
 import pytest, torch
 from torch import nn
 
 import tiny
-from effpt import checkpoint
-from effpt.arch.convert import Converted, convert, linear_layers, to_dense
-from effpt.arch.low_rank import LowRank, Residual, carry, factors_of, jagged, low_rank, merge, merge_and_restart, prune_moments, refactorize, refactorize_layer, refactorized, relora
+from effpt.arch.convert import Converted, to_dense
+from effpt.arch.low_rank import LowRank, Residual, carry, jagged, low_rank, merge, prune_moments, refactorize_layer, refactorized, relora
 from effpt.basics import InputError, generator
 from effpt.ledger import count_flops
 from effpt.plan import plan

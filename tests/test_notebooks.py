@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,10 @@ LIMIT = 180   # seconds for one page, ten times what a page should need: CI mach
 PAGES = [p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in pages(ROOT)]
 
 
-@pytest.fixture(scope='module')
-def runs(request):
-    "Future results by page: two pages at a time, those that the selected tests ask for, in the order of the tests."
-    asked = [item.callspec.params['page'] for item in request.session.items if item.path == Path(__file__) and hasattr(item, 'callspec')]
-    with ThreadPoolExecutor(2) as pool:
-        yield {page: pool.submit(run_page, ROOT/'nbs'/f'{page}.ipynb', 'smoke', timeout=LIMIT) for page in dict.fromkeys(asked)}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('page', PAGES)
-def test_page(runs, page, page_seconds):
-    ran = runs[page].result()
-    page_seconds[page] = ran.seconds
+def test_page(page, page_seconds):
+    ran = run_page(ROOT/'nbs'/f'{page}.ipynb', 'smoke', timeout=LIMIT)
+    page_seconds(page, ran.seconds)
     if ran.error: pytest.fail(ran.error, pytrace=False)
 
 

@@ -1,6 +1,5 @@
 """What is installed is what the repository holds: wheel, modules, names, exports, and nothing beside the agreed files."""
 import json, os, shutil, subprocess, sys, zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,17 +46,9 @@ def test_wheel_names_command_line_and_license(wheel):
     assert 'Apache License' in text['LICENSE'] and 'Requires-Dist: torch' in text['METADATA']
 
 
-@pytest.fixture(scope='module')
-def imported(request):
-    "Future results by module, two interpreters at a time."
-    with ThreadPoolExecutor(2) as pool:
-        yield {m: pool.submit(run, sys.executable, '-c', f'import {m}', cwd=ROOT/'tests', check=False) for m in MODULES + KERNELS}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('module', MODULES + KERNELS)
-def test_module_imports_in_a_fresh_interpreter(imported, module):
-    done = imported[module].result()
+def test_module_imports_in_a_fresh_interpreter(module):
+    done = run(sys.executable, '-c', f'import {module}', cwd=ROOT/'tests', check=False)
     if done.returncode: pytest.fail(done.stdout, pytrace=False)
 
 

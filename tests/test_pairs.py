@@ -13,7 +13,7 @@ from effpt import catalog
 from effpt.basics import InputError, rng
 from effpt.loss import next_token
 from effpt.recipe import build, check
-from tiny import BASES, RUN_SLOTS, TECHNIQUES, assert_same, in_run, recipe, spec, tell, train
+from tiny import BASES, RUN_SLOTS, TECHNIQUES, assert_same, in_run, recipe, spec, train
 
 ROOT = Path(__file__).resolve().parents[1]
 ROTATING = 40
@@ -51,9 +51,9 @@ def covering_array(techniques):
     rows = [list(row) for row in AllPairs(found, filter_func=lambda row: together(row, excluded))]
     missing = pairs_of(found) - excluded - set().union(*map(pairs_in, rows))       # with exclusions, AllPairs leaves some out
     while missing:
-        row = complete(missing.pop(), found, excluded)
+        row = complete(pair := min(missing), found, excluded)       # the least, so that one word always means the same runs
         if row: rows.append(row)
-        missing -= pairs_in(row)
+        missing -= pairs_in(row) | {pair}
     return [[n for n in row if n] for row in rows]
 
 
@@ -102,14 +102,9 @@ WORD = os.environ.get('EFFPT_PAIRS') or ''.join(git('rev-parse', '--short', 'HEA
 CHOSEN = chosen(ROWS, TECHNIQUES, changed_pages(), WORD)
 
 
-@pytest.fixture(scope='module')
-def told(pytestconfig):
-    "Say, once, which runs these are and how to have them again."
-    tell(pytestconfig, f'{len(CHOSEN)} of {len(ROWS)} combinations of {len(in_run())} techniques: EFFPT_PAIRS={WORD} pytest tests/test_pairs.py')
-
-
 @pytest.mark.parametrize('names', [pytest.param(ROWS[i], id='+'.join(ROWS[i])) for i in CHOSEN])
-def test_together(told, names):
+def test_together(note, names):
+    note(f'{len(CHOSEN)} of {len(ROWS)} combinations of {len(in_run())} techniques: EFFPT_PAIRS={WORD} pytest tests/test_pairs.py')
     run, watch = train(recipe(*names), budget='4 steps')
     assert run.step == 4 and all(math.isfinite(row['loss']) for row in run.history), f'EFFPT_PAIRS={WORD} runs this again'
     assert all(torch.isfinite(p).all() for p in run.model.parameters()) and watch.moved(run.model)

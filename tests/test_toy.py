@@ -6,7 +6,6 @@ import pytest
 
 from effpt.catalog import papers
 from test_package import copy_of_repository, run
-from tiny import tell
 
 PAPER = next(p['id'] for p in papers() if not p['built'])
 CELLS = [
@@ -56,16 +55,15 @@ def contents(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p
 
 
 @pytest.fixture(scope='module')
-def copy(tmp_path_factory, pytestconfig):
-    "A copy with the toy's page, exported; and the paths of the files that this changed."
+def copy(tmp_path_factory):
+    "A copy with the toy's page, exported; the paths of the files that this changed; and when it began."
     start = time.monotonic()
     folder = copy_of_repository(tmp_path_factory.mktemp('copy'), 'settings.ini', 'README.md', 'pyproject.toml', '_quarto.yml', 'effpt', 'kernels', 'nbs', 'tests')
     before = contents(folder)
     (folder/'nbs'/'optim'/'toy.ipynb').write_text(notebook(CELLS))
     run(sys.executable, '-c', 'import nbdev; nbdev.nbdev_export()', cwd=folder)
     after = contents(folder)
-    yield folder, {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)}
-    tell(pytestconfig, f'a page written, exported, listed, tested and rendered in {time.monotonic() - start:.0f} s')
+    return folder, {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)}, start
 
 
 def python(folder, code, *words):
@@ -74,7 +72,7 @@ def python(folder, code, *words):
 
 
 def test_export_makes_a_module_and_changes_nothing_else(copy):
-    _, changed = copy
+    _, changed, _ = copy
     assert changed == {'nbs/optim/toy.ipynb', 'effpt/optim/toy.py', 'effpt/_modidx.py'}
 
 
@@ -110,7 +108,7 @@ def test_generic_tests_and_pairs(copy):
     assert any(name.startswith('tests/test_pairs.py::test_together[') for name in passed)
 
 
-def test_docs(copy):
+def test_docs(copy, note):
     "Of the other pages only the titles are rendered, and parts that these two do not link to not at all: test_docs.py does it all."
     folder = copy[0]
     for path in (folder/'nbs').rglob('*.ipynb'):
@@ -125,3 +123,4 @@ def test_docs(copy):
     assert 'href="toy.html"' in part and 'half of the optimizer state' in part     # the part's table has it
     assert 'optim/toy.ipynb' in (folder/'nbs'/'sidebar.yml').read_text()
     assert 'href="optim/toy.html"' in (folder/'site'/'index.html').read_text()
+    note(f'a page written, exported, listed, tested and rendered in {time.monotonic() - copy[2]:.0f} s')

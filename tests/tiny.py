@@ -144,11 +144,6 @@ def same(model):
     return model
 
 
-def tell(config, line):
-    "Print a line that is seen although pytest captures what tests print."
-    with config.pluginmanager.get_plugin('capturemanager').global_and_fixture_disabled(): print(f'\n{line}')
-
-
 def bits(run):
     "All of a run's state but the seconds in its ledger: tensors by path, and the rest."
     return checkpoint.flatten({name: part for name, part in run.state_dict().items() if name != 'ledger'})
