@@ -245,11 +245,11 @@ class Arguments(dict):
     "Names of the arguments -> source of the default, '' where there is none; `open` where the function takes any others."
     open = False
 
-# %% ../nbs/09_catalog.ipynb #82501208
+# %% ../nbs/09_catalog.ipynb #d6b96e29
 def arguments(
     name: str,  # a technique
     root=None,  # folder of the package, if not this one
-) -> Arguments:  # without the first one, which the run gives
+) -> Arguments:  # without the first one, which the run gives to all but callbacks
     "The arguments of a technique, read from its source."
     known = techniques(root=root)
     _one_of(name, known, 'there is no technique')
@@ -259,7 +259,7 @@ def arguments(
     positional, plain = [*a.posonlyargs, *a.args], [''] * (len(a.posonlyargs) + len(a.args) - len(a.defaults))
     found = Arguments(zip((p.arg for p in positional), plain + [ast.unparse(d) for d in a.defaults]))
     found |= {p.arg: ast.unparse(d) if d else '' for p, d in zip(a.kwonlyargs, a.kw_defaults)}
-    if positional: found.pop(positional[0].arg)
+    if positional and known[name]['slot'] != 'callbacks': found.pop(positional[0].arg)
     found.open = a.kwarg is not None
     return found
 

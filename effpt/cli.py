@@ -262,19 +262,21 @@ COMPARE = {'options': dict(budget=(str, "of every run, such as 2M tokens or '500
                            data=(str, "text for all (default: the recipes')"), no_tune=(None, 'keep the learning rates of the recipes'),
                            cost=(str, 'what the verdict is about: tokens, flops, seconds or bytes (default tokens)'), out=(str, 'JSON file for everything that was measured'), processes=(whole, 'runs at a time (default 1)'), quiet=(None, 'show no progress'))}
 
-# %% ../nbs/11_cli.ipynb #a3583bd6
-PLAN = {'what to plan for': dict(size=(str, 'a preset such as 7b (default nano)'), optim=(names, 'the optimizer, a name from effpt list, with commas before wrappers (default adamw)'), memory=(str, 'of each device, such as 24GB'),
+# %% ../nbs/11_cli.ipynb #ad511904
+PLAN = {'what to plan for': dict(size=(str, 'a preset such as 7b (default nano)'), optim=(names, 'the optimizer, a name from effpt list, with commas before wrappers (default adamw)'),
+                                 convert=(names, 'conversions of the model, with commas'), loss=(names, 'wrappers of the loss'), callbacks=(names, 'what acts while training'), memory=(str, 'of each device, such as 24GB'),
                                  tokens=(str, 'how long the run is to be'), batch=(whole, 'rows in a step'), length=(whole, 'tokens in a row'), precision=(str, 'float32, bf16 (weights in float32) or pure-bf16'), device=(str, 'gpu or cpu (default gpu)'),
                                  accumulate=(whole, 'parts a step is done in'), checkpoint=(None, 'recompute activations in the backward pass'), devices=(whole, 'processes'),
                                  shard=(None, 'share parameters, gradients and state among them'), peak=(str, 'FLOPs a second that the machine can do'), share=(number, 'of that peak which is reached'))}
 
-# %% ../nbs/11_cli.ipynb #f3cf778e
+# %% ../nbs/11_cli.ipynb #9f8f843b
 def plan(options: dict) -> int:
     "Say whether a run fits, what it costs, and what to change."
-    optim, more = options.get('optim', 'adamw'), options.pop('more', {})
-    known = [catalog.arguments(name) for name in ([optim] if isinstance(optim, str) else optim)]
+    given, more = [options.get(slot, default) for slot, default in dict(convert=[], optim='adamw', loss=[], callbacks=[]).items()], options.pop('more', {})
+    chosen = [name for names in given for name in ([names] if isinstance(names, str) else names)]
+    known = [catalog.arguments(name) for name in chosen]
     for name in more:
-        if not any(name in k or k.open for k in known): raise InputError(f"neither effpt plan nor {' nor '.join([optim] if isinstance(optim, str) else optim)} has an option --{name.replace('_', '-')}{suggest(name, [*itertools.chain(*known), *PLAN['what to plan for']])}")
+        if not any(name in k or k.open for k in known): raise InputError(f"neither effpt plan nor {' nor '.join(chosen)} has an option --{name.replace('_', '-')}{suggest(name, [*itertools.chain(*known), *PLAN['what to plan for']])}")
     from effpt.plan import plan as planned
     print(planned(options.pop('size', 'nano'), **options, **more))
     return 0

@@ -513,12 +513,12 @@ class Comparison:
 
 def last_line(error: str) -> str: return error.strip().splitlines()[-1]
 
-# %% ../nbs/08_compare.ipynb #c354786d
+# %% ../nbs/08_compare.ipynb #501c0a06
 LADDER_SEEDS = 6, 7, 8, 9
 
 def ladder_key(recipe: dict, text: dict, metric: str) -> dict:
     "What a ladder belongs to."
-    return dict(size=recipe.get('size', 'nano'), metric=metric, **{k: text[k] for k in ('held_out', 'tokenizer', 'train', 'length', 'eval_tokens')}, spine=catalog.golden_fingerprint())
+    return dict(size=recipe.get('size', 'nano'), metric=metric, **{k: recipe[k] for k in ['shape'] if recipe.get(k)}, **{k: text[k] for k in ('held_out', 'tokenizer', 'train', 'length', 'eval_tokens')}, spine=catalog.golden_fingerprint())
 
 def climb(
     recipe: dict = None,  # the baseline; as `compare` takes arms

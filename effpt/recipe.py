@@ -7,7 +7,7 @@ __all__ = ['RATES', 'BATCHES', 'PROMPT', 'SLOTS', 'REFERENCES', 'STAGE', 'CHAINS
            'first_process_first', 'pretrain', 'pick_sizes', 'optimizer_of', 'asked', 'trainer_options', 'loggers',
            'text_of', 'stream_of', 'model_of', 'stages_of', 'WriteRecipe', 'plan_run', 'finish', 'bytes_of_a_step',
            'summary', 'read_run', 'open_run', 'resume', 'find', 'check_arguments', 'tiny', 'base', 'is_reference',
-           'refer', 'entry', 'entries', 'known_arguments', 'slots_of', 'build', 'check', 'check_chain',
+           'base_of', 'refer', 'entry', 'entries', 'known_arguments', 'slots_of', 'build', 'check', 'check_chain',
            'check_together', 'is_plain', 'address', 'value_of', 'spec_of', 'written', 'describe', 'read_recipe',
            'write_recipe', 'inline']
 
@@ -371,10 +371,12 @@ def base(
     if not saved or not (folder/'report.html').exists(): pretrain(**asked, out=folder, resume=(folder/'run.json').exists(), quiet=True)
     return open_run(folder)
 
-# %% ../nbs/10_recipe.ipynb #87ea7e00
+# %% ../nbs/10_recipe.ipynb #1bf7d65a
 REFERENCES = 'run', 'base', 'file', 'fn'
 
 def is_reference(value) -> bool: return isinstance(value, dict) and len(value.keys() & set(REFERENCES)) == 1 and 'name' not in value
+
+def base_of(reference: dict) -> Trained: return base(reference['base'], **{k: v for k, v in reference.items() if k != 'base'})
 
 def refer(
     value,  # of an argument: plain, or a table with one of the four keys
@@ -386,7 +388,7 @@ def refer(
     if kind == 'file':
         if not Path(value['file']).exists(): raise InputError(f"the recipe names the file {value['file']}, which does not exist.")
         return Path(value['file']).resolve()
-    trained = open_run(value['run']) if kind == 'run' else base(value['base'], **{k: v for k, v in value.items() if k != 'base'})
+    trained = open_run(value['run']) if kind == 'run' else base_of(value)
     trained.model.reference = dict(value, run=str(Path(value['run']).resolve())) if kind == 'run' else dict(value)
     return trained.model
 
@@ -406,7 +408,7 @@ def entry(
 
 def entries(specs) -> list: return list(specs) if isinstance(specs, (list, tuple)) else [specs]
 
-# %% ../nbs/10_recipe.ipynb #c749f43d
+# %% ../nbs/10_recipe.ipynb #1d9b12e2
 STAGE = 'share', 'data', 'batch', 'length', 'mask_documents', *SLOTS  # what a stage may name anew
 
 def known_arguments() -> list: return [k for k in inspect.signature(pretrain).parameters if k not in ('stages', 'resume', 'quiet')]
@@ -422,7 +424,7 @@ def build(
     check(recipe)
     plain = {k: refer(v) for k, v in recipe.items() if k not in SLOTS and k != 'stage'}
     start = entries(recipe.get('model', ''))[0]
-    if is_reference(start) and 'run' in start: plain.setdefault('tokenizer', Path(start['run'])/'tokenizer.json')
+    if is_reference(start) and ('run' in start or 'base' in start): plain.setdefault('tokenizer', (Path(start['run']) if 'run' in start else base_of(start).out)/'tokenizer.json')
     stages = [{**{k: v for k, v in s.items() if k not in SLOTS}, **slots_of(s)} for s in recipe.get('stage', [])]
     return {**plain, **slots_of(recipe), **({'stages': stages} if stages else {})}
 
@@ -502,14 +504,14 @@ def spec_of(
     if techniques(slot).get(name, {}).get('module') != where.partition(':')[0]: name = where
     return {'name': name, **written} if written else name
 
-# %% ../nbs/10_recipe.ipynb #fa3e04b8
+# %% ../nbs/10_recipe.ipynb #944febf5
 def written(
     key: str,  # an argument of `pretrain`
     value,  # its value
 ):  # as a recipe holds it; None where it cannot
     "One argument as a recipe holds it."
     if key == 'stages':
-        stages = [describe(stage) for stage in value]
+        stages = [describe(stage, stage=True) for stage in value]
         return None if any(missing for _, missing in stages) else [recipe for recipe, _ in stages]
     if key not in SLOTS: return value_of(value)
     specs = [spec_of(key, v) for v in entries(value)]
@@ -517,10 +519,11 @@ def written(
 
 def describe(
     arguments: dict,  # of `pretrain`
+    stage: bool = False,  # whether they are a stage's, where nothing is something: it ends what the stage before had
 ) -> tuple:  # the recipe, and the names of the arguments that it cannot hold
     "Write arguments down as a recipe."
     leave = 'out', 'resume', 'quiet'
-    given = {k: v for k, v in arguments.items() if k not in leave and v is not None and not (isinstance(v, (list, tuple)) and not len(v))}
+    given = {k: v for k, v in arguments.items() if k not in leave and v is not None and (stage or not isinstance(v, (list, tuple)) or len(v))}
     recipe = {'stage' if k == 'stages' else k: written(k, v) for k, v in given.items()}
     if isinstance(recipe.get('data'), str) and Path(recipe['data']).exists(): recipe['data'] = str(Path(recipe['data']).resolve())
     return {k: v for k, v in recipe.items() if v is not None}, sorted(k for k, v in recipe.items() if v is None)

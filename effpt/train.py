@@ -334,7 +334,7 @@ def check(self: Run, name: str, value: float) -> float:
     raise Diverged(f'the {name} is {value:g}{f" (usually {usual:.3g})" if spike else ""} at step {self.step + 1}, '
                    f'on batch {self.taken} of the stream (data position {json.dumps(self.position)})')
 
-# %% ../nbs/06_train.ipynb #be2e6646
+# %% ../nbs/06_train.ipynb #aa5a1891
 def resolve_name(
     path: str,  # 'module:name'
 ):  # the object
@@ -355,6 +355,7 @@ def edit(self: Run,
     json.dumps(arguments)  # what cannot be written down cannot be replayed
     self.swap(lambda model: convert(model, **arguments))
     self.edits.append([self.step, path, arguments])
+    self.measure_step()   # from now on it costs something else
 
 # %% ../nbs/06_train.ipynb #34397271
 def fits(p, state: dict) -> bool:

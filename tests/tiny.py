@@ -44,7 +44,7 @@ def cases(*slots):
 def with_needed(specs):
     "And what their cards say that they need, unless it is there."
     needed = dict.fromkeys(n for one in specs for n in TECHNIQUES[one['name']].get('needs', ()))
-    return [spec(n) for n in needed if n not in {one['name'] for one in specs}] + specs
+    return specs + [spec(n) for n in needed if n not in {one['name'] for one in specs}]
 
 
 def recipe(*specs):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['card', 'STARTS', 'MOMENTS', 'FIRST', 'SECOND', 'factors_of', 'LowRank', 'check_rank', 'low_rank', 'planned',
            'refactorized', 'carry', 'Refactorize', 'layers_of', 'states_of', 'refactorize_layer', 'refactorize',
-           'check_every', 'Residual', 'relora', 'MergeAndRestart', 'merge', 'prune_moments', 'merge_and_restart',
-           'jagged']
+           'factor_pairs', 'check_every', 'Residual', 'relora', 'MergeAndRestart', 'merge', 'prune_moments',
+           'merge_and_restart', 'jagged']
 
 # %% ../../nbs/arch/low_rank.ipynb #32388ab5
 card = {
@@ -177,7 +177,7 @@ def states_of(run, layer) -> tuple:  # of A and B
     "What the run's optimizers keep for the factors."
     return tuple(next((o.state[p] for o in run.optimizers.values() if p in o.state), {}) for p in (layer.A, layer.B))
 
-# %% ../../nbs/arch/low_rank.ipynb #fe1b4c1a
+# %% ../../nbs/arch/low_rank.ipynb #48820ca1
 def refactorize_layer(layer, states: tuple, moments: str):
     "Balance the factors of one layer, and do with its moments what was said."
     a, b, after, before = refactorized(layer.A, layer.B)
@@ -196,6 +196,12 @@ def refactorize(
     check_every(every)
     if moments not in MOMENTS: raise InputError(f"moments is '{moments}'{suggest(moments, MOMENTS)}.")
     return Refactorize(every, moments)
+
+def factor_pairs(shapes: dict) -> list:  # of (m, n, r)
+    "The matrices that these parameters are factors of."
+    return [(shapes[f'{n[:-1]}B'][0], s[1], s[0]) for n, s in shapes.items() if n.endswith('.A') and f'{n[:-1]}B' in shapes]
+
+refactorize.planned = lambda shapes, every=200, **others: dict(flops=sum(8. * (m + n) * r ** 2 + 22. * r ** 3 for m, n, r in factor_pairs(shapes)) / every)
 
 def check_every(every):
     if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise InputError(f'every is {every}: give a whole number of steps, at least 1.')
@@ -229,7 +235,7 @@ def relora(
 
 relora.planned = lambda shapes, **options: planned(shapes, base=True, **options)
 
-# %% ../../nbs/arch/low_rank.ipynb #72deff4a
+# %% ../../nbs/arch/low_rank.ipynb #2db3cc1b
 class MergeAndRestart(Callback):
     "Merges the products of a run's ReLoRA layers every so many steps, and lets them begin anew."
     def __init__(self, every: int, forget: float): self.every, self.forget = every, forget
@@ -267,6 +273,8 @@ def merge_and_restart(
     check_every(every)
     if not 0 <= forget <= 1: raise InputError(f'forget is {forget}: give a share, from 0 to 1.')
     return MergeAndRestart(every, forget)
+
+merge_and_restart.planned = lambda shapes, every=500, **others: dict(flops=sum(2. * r * m * n for m, n, r in factor_pairs(shapes)) / every)
 
 # %% ../../nbs/arch/low_rank.ipynb #d1ac8902
 def jagged(
