@@ -43,7 +43,7 @@ def methods(
         'SLTrain': dict(model=dict(name='sltrain', rank=rank, density=density, quiet=True)),
         **{name: dict(optimizer=dict(name=name.lower(), rank=rank)) for name in ('GaLore', 'Fira', 'APOLLO')}}
 
-# %% ../../nbs/arch/memory_table.ipynb #518ff98e
+# %% ../../nbs/arch/memory_table.ipynb #10b1a930
 def memory_table(
     model='60m',  # a preset, or arguments of `Transformer` as a dictionary
     rank: int = 128,  # r
@@ -51,10 +51,10 @@ def memory_table(
     memory=None,  # of the device, for example '24GB': says what fits, activations included
     **arguments,  # of `plan`: batch, length, precision, checkpoint ...
 ) -> Table:
-    "What each method of the table keeps for a model: trained parameters and bytes; raises `InputError` for a rank above a side."
+    "What each method of the table keeps for a model: trained numbers and bytes; raises `InputError` for a rank above a side."
     rows = []
     for name, p in plans(model, rank, density, memory=memory, **arguments).items():
-        row = {'method': name, 'parameters': human(p.numbers), **{kind: human(p.bytes[kind], 'B') for kind in STATE}, 'together': human(kept(p), 'B')}
+        row = {'method': name, 'trained': human(p.numbers), 'weights': human(p.bytes['parameters'], 'B'), **{kind: human(p.bytes[kind], 'B') for kind in STATE[1:]}, 'together': human(kept(p), 'B')}
         rows.append(row | ({} if memory is None else {f'fits {memory}': 'yes' if p.fits else 'no'}))
     return Table(rows)
 
