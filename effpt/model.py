@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SHORT', 'PRESETS', 'rope', 'rotate', 'attention_mask', 'full_mask', 'matrix', 'attend', 'Attention', 'SwiGLU',
            'Block', 'Transformer', 'check_shape', 'Cache', 'filter_logits', 'eager', 'generate', 'choose',
-           'check_prompt', 'preset', 'hf_name', 'hf_config', 'check_plain', 'write_weights', 'to_hf', 'save_tokenizer',
-           'tokenizer_from_hf', 'shape_from_hf', 'read_json', 'hf_tensors', 'from_hf', 'load_tensors']
+           'check_prompt', 'preset', 'hf_name', 'hf_config', 'check_plain', 'densified', 'write_weights', 'to_hf',
+           'save_tokenizer', 'tokenizer_from_hf', 'shape_from_hf', 'read_json', 'hf_tensors', 'from_hf', 'load_tensors']
 
-# %% ../nbs/02_model.ipynb #986cf835
-import json, math, re
+# %% ../nbs/02_model.ipynb #475d68dc
+import copy, json, math, re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -450,6 +450,17 @@ def check_plain(
             raise InputError(f"'{name}' is {have.get(name, 'not there')}, a plain Transformer has {want.get(name, 'no such parameter')}: "
                              'turn the model back into plain matrices before it is exported.')
 
+# %% ../nbs/02_model.ipynb #61b8b53c
+def densified(
+    model: nn.Module,
+) -> nn.Module:  # the same, if all layers are plain
+    "A copy with plain linear layers where they have another form; it shares what has not."
+    changed = {path: m.plain() for path, m in model.named_modules() if path and callable(getattr(m, 'plain', None))}
+    if not changed: return model
+    model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for path, layer in changed.items(): model.set_submodule(path, layer)
+    return model
+
 # %% ../nbs/02_model.ipynb #340c5427
 def write_weights(
     model: Transformer,  # a plain one
@@ -470,15 +481,15 @@ def write_weights(
         names.append('model.safetensors.index.json'), write_file(path/names[-1], json.dumps(index, indent=1))
     return names
 
-# %% ../nbs/02_model.ipynb #7efa30ae
+# %% ../nbs/02_model.ipynb #879dcb29
 def to_hf(
-    model: Transformer,  # a plain one
+    model: Transformer,  # its layers in any form that knows its plain one
     path,  # folder, made if needed; a model in it is replaced
     tokenizer=None,  # an `effpt.tokens.Tokenizer` to go with it
     shard='5GB',  # largest size of one file
 ) -> Path:  # the folder
     "Write a folder that `transformers` loads; raises `InputError` for a model that is no Llama any more."
-    check_plain(model)
+    check_plain(model := densified(model))
     path = Path(path)
     names = write_weights(model, path, shard)
     for old in path.glob('model*.safetensors*'):

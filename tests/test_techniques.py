@@ -9,6 +9,7 @@ from torch import nn
 import tiny
 from effpt import checkpoint
 from effpt.basics import InputError
+from effpt.model import to_hf
 from effpt.recipe import build, open_run, read_recipe
 from effpt.train import Diverged
 from tiny import MODELS, STEPS, TECHNIQUES, assert_same, cases, difference, function, in_run, recipe, spec, train, train_preset
@@ -190,6 +191,15 @@ def test_a_run_on_another_model_ends_with_its_report(kind, tmp_path):
     if kind != 'Sequential': pytest.importorskip('transformers')
     train(recipe('adamw'), MODELS[kind], budget='2 steps', out=tmp_path/'run', report=True)
     assert (tmp_path/'run'/'report.html').exists()
+
+
+@pytest.mark.parametrize('name', in_run('model'))
+def test_a_converted_model_is_written_for_others_and_stays_as_it_is(name, tmp_path):
+    transformers, tokens = pytest.importorskip('transformers'), torch.arange(16)[None]
+    model = build(recipe(name))['model'][0](tiny.transformer()).eval()
+    before, names = model(tokens), list(model.state_dict())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(to_hf(model, tmp_path)).eval()
+    assert (theirs(tokens).logits - before).abs().max() < 1e-4 * before.abs().max() and list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize('match', ['no.such.module', {'fn': 'tiny:nothing'}], ids=['glob', 'predicate'])

@@ -76,7 +76,7 @@ def linear_layers(
         if layer.weight.grad is not None: raise InputError(f"'{path}' has a gradient, so an optimizer may hold it: convert before the optimizer is made, or in a run with run.edit.")
     return chosen
 
-# %% ../../nbs/arch/convert.ipynb #fda4b862
+# %% ../../nbs/arch/convert.ipynb #2382dabb
 def convert(
     model: nn.Module,
     make,  # (layer, name) -> `Converted`
@@ -94,8 +94,7 @@ def put(model: nn.Module, modules: dict) -> nn.Module:
     "Set modules by their path; the model itself, where the path is empty."
     for path, module in modules.items():
         if not path: return module
-        above, _, name = path.rpartition('.')
-        setattr(model.get_submodule(above), name, module)
+        model.set_submodule(path, module)
     return model
 
 def to_dense(
