@@ -8,7 +8,7 @@ __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'I
            'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'named', 'text_key', 'full', 'code_of',
            'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
            'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
-           'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'Table', 'or_why_not',
+           'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'or_why_not',
            'smooth_curve', 'Claim', 'Verdict', 'ratio', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
            'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
 
@@ -25,9 +25,9 @@ from scipy import stats
 from fastcore.basics import patch
 from scipy.interpolate import CubicHermiteSpline
 
-# %% ../nbs/08_compare.ipynb #e7688145
+# %% ../nbs/08_compare.ipynb #53afb545
 from . import catalog, checkpoint
-from .basics import InputError, cache_folder, fingerprint, human, number, profile, suggest, track, write_file
+from .basics import InputError, Table, cache_folder, fingerprint, human, number, profile, suggest, track, write_file
 from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
@@ -568,21 +568,6 @@ def multiplier(
     in_tokens = budget_multiplier(ladder, self.cost('tokens', base), d, self.cost('tokens', name))
     ratio = {k: self.cost(k, base) / self.cost(k, name) for k in ('tokens', cost)}
     return in_tokens.times(ratio[cost] / ratio['tokens'])
-
-# %% ../nbs/08_compare.ipynb #916ac3e8
-class Table:
-    "Rows as text, in a notebook as a table."
-    def __init__(self, rows: list, columns: list = None): self.rows, self.columns = rows, columns or list(rows[0])
-    def cells(self): return [[str(row.get(c, '')) for c in self.columns] for row in self.rows]
-
-    def _repr_markdown_(self):
-        lines = ['| ' + ' | '.join(self.columns) + ' |', '| --- |' + ' --: |' * (len(self.columns) - 1)]
-        return '\n'.join(lines + ['| ' + ' | '.join(c.replace('|', '\\|') for c in row) + ' |' for row in self.cells()])
-
-    def __repr__(self):
-        rows = [self.columns, *self.cells()]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(self.columns))]
-        return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in rows)
 
 # %% ../nbs/08_compare.ipynb #649eb0f8
 def or_why_not(get) -> str:

@@ -12,9 +12,8 @@ import re
 import torch
 from torch import nn
 
-# %% ../../nbs/arch/convert.ipynb #c90be55f
-from ..basics import InputError, human
-from ..compare import Table
+# %% ../../nbs/arch/convert.ipynb #7ec550be
+from ..basics import InputError, Table, human
 from ..optim.rules import chooser, nearest
 
 # %% ../../nbs/arch/convert.ipynb #15d17293

@@ -20,10 +20,9 @@ card = {
         {'says': 'Updates of high rank are what low-rank training lacks: SLTrain, which adds them, is better.', 'arm': 'SLTrain', 'cost': 'bytes', 'scale': 5.8e7}],
 }
 
-# %% ../../nbs/arch/memory_table.ipynb #bf779e06
-from ..basics import human
+# %% ../../nbs/arch/memory_table.ipynb #b9ea99f7
+from ..basics import Table, human
 from ..catalog import STATE
-from ..compare import Table
 from ..plan import plan
 
 # %% ../../nbs/arch/memory_table.ipynb #6c90106d

@@ -28,11 +28,11 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/optim/time_to_result.ipynb #fae37561
-from ..basics import InputError, cache_folder, fingerprint, generator, number, suggest, track
+# %% ../../nbs/optim/time_to_result.ipynb #400aebb6
+from ..basics import InputError, Table, cache_folder, fingerprint, generator, number, suggest, track
 from ..book import COLOURS, forked
 from ..catalog import arguments, part_of, techniques
-from ..compare import FACTORS, TUNING_SEED, Table, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
+from ..compare import FACTORS, TUNING_SEED, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
 from ..ledger import count_flops, machine
 from ..loss import held_out, held_out_rows, plain_loss, summed_loss
 from ..model import Block, preset

@@ -12,8 +12,8 @@ import math
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/sparse/masks.ipynb #4c0a94a6
-from ..basics import InputError, generator
+# %% ../../nbs/sparse/masks.ipynb #9f5d6106
+from ..basics import InputError, Table, generator
 from ..monitor import Callback
 from ..optim.rules import inner_shapes, select
 
