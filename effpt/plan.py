@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'PRECISIONS', 'KEYS', 'SPINE', 'PLANNED', 'KINDS', 'CHOICES', 'transformer_shapes', 'numbers', 'complete',
            'attention_kind', 'block_activations', 'head_activations', 'weight_copies', 'activations', 'temporaries',
-           'peak_bytes', 'two_moments', 'Technique', 'find_technique', 'of_its_page', 'read_value', 'takes',
+           'peak_bytes', 'two_moments', 'nothing', 'Technique', 'find_technique', 'of_its_page', 'read_value', 'takes',
            'read_techniques', 'apply', 'shard', 'block_numbers', 'transformer_flops', 'recorded_rate', 'rate', 'Scored',
            'fake_activations', 'Described', 'describe', 'Plan', 'check_request', 'kept', 'work', 'estimate',
            'check_alone', 'as_list', 'refuse', 'spend', 'first_name', 'optimizer_levers', 'levers', 'count', 'changed',
@@ -146,9 +146,10 @@ def two_moments(
     "What AdamW keeps: `planned` for the spine's own optimizer."
     return dict(optimizer=2 * itemsize * numbers(shapes) + 4 * len(shapes))
 
-# %% ../nbs/12_plan.ipynb #f6c92190
+# %% ../nbs/12_plan.ipynb #1091ac56
 KEYS = 'optimizer', 'gradients', 'flops', 'shapes', 'buffers', 'activations', 'flops_per_token'
-SPINE = {'adamw': two_moments}  # the spine's functions have no page of their own to export `planned`
+def nothing(shapes: dict) -> dict: return {}
+SPINE = {'adamw': two_moments, 'next_token': nothing}  # the spine's functions have no page of their own to export `planned`
 PLANNED = dict(convert='model', optim='optimizer', loss='loss', callbacks='callbacks')  # argument of `plan` -> slot, in the order in which they act
 
 class Technique(NamedTuple):

@@ -408,7 +408,7 @@ def entry(
 
 def entries(specs) -> list: return list(specs) if isinstance(specs, (list, tuple)) else [specs]
 
-# %% ../nbs/10_recipe.ipynb #1d9b12e2
+# %% ../nbs/10_recipe.ipynb #13ebf207
 STAGE = 'share', 'data', 'batch', 'length', 'mask_documents', *SLOTS  # what a stage may name anew
 
 def known_arguments() -> list: return [k for k in inspect.signature(pretrain).parameters if k not in ('stages', 'resume', 'quiet')]
@@ -424,7 +424,7 @@ def build(
     check(recipe)
     plain = {k: refer(v) for k, v in recipe.items() if k not in SLOTS and k != 'stage'}
     start = entries(recipe.get('model', ''))[0]
-    if is_reference(start) and ('run' in start or 'base' in start): plain.setdefault('tokenizer', (Path(start['run']) if 'run' in start else base_of(start).out)/'tokenizer.json')
+    if is_reference(start) and ('run' in start or 'base' in start): plain.setdefault('tokenizer', (Path(start['run']) if 'run' in start else base_of(start).folder)/'tokenizer.json')
     stages = [{**{k: v for k, v in s.items() if k not in SLOTS}, **slots_of(s)} for s in recipe.get('stage', [])]
     return {**plain, **slots_of(recipe), **({'stages': stages} if stages else {})}
 
