@@ -513,7 +513,7 @@ def part_rows(
         if about['technique']: rows.append({**about, 'verdict': verdict(r, names) + stale})
     return rows
 
-# %% ../nbs/09_catalog.ipynb #3167c633
+# %% ../nbs/09_catalog.ipynb #d91a3d6e
 STATE = 'parameters', 'gradients', 'optimizer'  # the bytes that do not depend on the batch
 AXES = {'optimizer': 'bytes of optimizer state', 'state': 'bytes of weights, gradients and moments', 'flops': 'FLOPs', 'seconds': 'seconds'}
 
@@ -522,13 +522,14 @@ def part_points(
     cost: str = 'optimizer',  # optimizer or state, in bytes; flops or seconds
     root=None,  # folder of the package, if not this one
 ) -> list:  # of dictionaries: page, arm, cost, difference, low, high, baseline
-    "Every measured arm of a part's pages, without the arms that failed."
+    "Every measured arm of a part's pages, once where several have it, without the arms that failed."
     _one_of(cost, AXES, 'there is no cost')
-    found = []
+    found, seen = [], []
     for source, c in _cards(root):
         r = record(source.page, root=root) if part_of(source.page) == part else None
         for name, a in (r or {}).get('arms', {}).items():
-            if a.get('error'): continue
+            if a.get('error') or a['recipe'] in seen: continue
+            seen.append(a['recipe'])
             spent = sum(a['bytes'].get(k, 0) for k in (STATE if cost == 'state' else [cost])) if cost in ('state', 'optimizer') else a[cost]
             found.append(dict(page=source.page, arm=name, cost=spent, baseline=name == r['baseline'], **{k if k != 'mean' else 'difference': a['difference'][k] for k in ('mean', 'low', 'high')}))
     return found
@@ -542,7 +543,7 @@ def part_figure(
     points = part_points(part, cost, root)
     if not points: return Shown('Nothing of this part has been measured yet.')
     import matplotlib.pyplot as plt
-    scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, '')
+    scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, 'bytes')
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for page in dict.fromkeys(p['page'] for p in points):
         own = [p for p in points if p['page'] == page and not p['baseline']]
@@ -550,7 +551,8 @@ def part_figure(
         axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='o', capsize=2, label=page.partition('/')[2])
         for p, a, b in zip(own, x, y): axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7)
     axis.axhline(0, color='#444444', lw=.8)
-    axis.set(xlabel=f'{unit} {AXES[cost].removeprefix("bytes")}'.strip() if unit else AXES[cost], ylabel='loss minus that of the baseline')
+    axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel='loss minus that of the baseline')
+    axis.margins(x=.15)
     axis.legend()
     return figure
 

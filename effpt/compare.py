@@ -601,7 +601,7 @@ def smooth_curve(
     near = np.abs(at[None] - share[:, None]) <= np.maximum(width / 2, np.abs(at[None] - share[:, None]).min(1, keepdims=True))
     return (near * losses).sum(1) / near.sum(1)
 
-# %% ../nbs/08_compare.ipynb #bcc4387a
+# %% ../nbs/08_compare.ipynb #339b82df
 @patch
 def plot(self: Comparison):
     "Training loss against tokens, FLOPs and seconds, with the 95 % interval of the mean over seeds."
@@ -623,7 +623,7 @@ def plot(self: Comparison):
         axis.set(xlabel=kind, ylim=(ends.min() - .05 * np.ptp(ends), ends.max()))
         axis.xaxis.set_major_formatter(lambda x, _: human(x))
     axes[0].set_ylabel('training loss, nats per token')
-    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='upper center', bbox_to_anchor=(.5, 0), ncols=3)
     return figure
 
 # %% ../nbs/08_compare.ipynb #9644bf68
