@@ -513,7 +513,7 @@ def part_rows(
         if about['technique']: rows.append({**about, 'verdict': verdict(r, names) + stale})
     return rows
 
-# %% ../nbs/09_catalog.ipynb #d91a3d6e
+# %% ../nbs/09_catalog.ipynb #e206cb5f
 STATE = 'parameters', 'gradients', 'optimizer'  # the bytes that do not depend on the batch
 AXES = {'optimizer': 'bytes of optimizer state', 'state': 'bytes of weights, gradients and moments', 'flops': 'FLOPs', 'seconds': 'seconds'}
 
@@ -534,6 +534,7 @@ def part_points(
             found.append(dict(page=source.page, arm=name, cost=spent, baseline=name == r['baseline'], **{k if k != 'mean' else 'difference': a['difference'][k] for k in ('mean', 'low', 'high')}))
     return found
 
+# %% ../nbs/09_catalog.ipynb #d9b1345e
 def part_figure(
     part: str,  # 'optim'
     cost: str = 'optimizer',  # optimizer or state, in bytes; flops or seconds

@@ -214,7 +214,7 @@ def test_forms():
     (dict(batc=1), "did you mean 'batch'"), (dict(optim={'name': 'adamw', 'lrr': 1}), "adamw has no argument 'lrr', did you mean 'lr'"),
     (dict(memory='24 apples'), "'24 apples' is not an amount of memory"), (dict(tokens='many'), "'many' is not a number"), (dict(batch=0), "batch is '0'"), (dict(batch=1.5), "batch is '1.5'"), (dict(length='x'), "length is 'x'"),
     (dict(batch=10, accumulate=4), 'does not divide'), (dict(batch=10, devices=3), 'does not divide'), (dict(precision='fp8'), "precision is 'fp8'"), (dict(shard='zero'), "shard is 'zero'"),
-    (dict(device='tpu'), "device is 'tpu'"), (dict(tokens=1e6, peak='H3000'), "'H3000' is no peak"), (dict(tokens=1e6, share=40, peak=1e12), 'share is 40.0'), (dict(optim='effpt.loss:next_token'), 'exports no function planned'),
+    (dict(device='tpu'), "device is 'tpu'"), (dict(tokens=1e6, peak='H3000'), "'H3000' is no peak"), (dict(tokens=1e6, share=40, peak=1e12), 'share is 40.0'), (dict(optim='effpt.schedule:cosine'), 'exports no function planned'),
     (dict(model=nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), checkpoint=True), 'checkpointing of Sequential cannot be planned'), (dict(memory='0GB'), 'memory is 0'), (dict(memory=-1), 'memory is -1'), (dict(tokens=-5), 'tokens is -5')])
 def test_bad_requests(request_, says):
     with pytest.raises(InputError, match=says.replace('(', r'\(')): plan(**request_)
