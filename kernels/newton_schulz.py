@@ -83,6 +83,7 @@ def newton_schulz_reference(
 
 if importlib.util.find_spec('triton') is not None:
     import triton, triton.language as tl
+    from .tiles import dot
 
     @triton.jit
     def _triangle(at):
@@ -91,12 +92,6 @@ if importlib.util.find_spec('triton') is not None:
         row = tl.where(row * (row + 1) // 2 > at, row - 1, row)   # the root is rounded
         row = tl.where((row + 1) * (row + 2) // 2 <= at, row + 1, row)
         return row, at - row * (row + 1) // 2
-
-    @triton.jit
-    def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-        "The interpreter multiplies the bits of bfloat16: there they are widened first, which changes no product."
-        if WIDE: return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-        else: return tl.dot(a, b, total, input_precision=PRECISION)
 
     @triton.jit
     def _square(x, add, out, m, n, x_count, x_row, x_column, add_count, add_row, add_column, out_count, out_row, out_column, alpha, beta,
@@ -110,7 +105,7 @@ if importlib.util.find_spec('triton') is not None:
         for first in range(0, n, K):
             a = tl.load(left, mask=(i[:, None] < m) & (first + k[None, :] < n), other=0.)
             b = tl.load(right, mask=(j[None, :] < m) & (first + k[:, None] < n), other=0.)
-            total = _dot(a, b, total, WIDE, PRECISION)
+            total = dot(a, b, total, WIDE, PRECISION)
             left += K * x_column
             right += K * x_column
         there = (i[:, None] < m) & (j[None, :] < m)
@@ -134,7 +129,7 @@ if importlib.util.find_spec('triton') is not None:
         for first in range(0, m, K):
             p = tl.load(left, mask=(i[:, None] < m) & (first + k[None, :] < m), other=0.)
             q = tl.load(right, mask=(first + k[:, None] < m) & (j[None, :] < n), other=0.)
-            total = _dot(p, q, total, WIDE, PRECISION)
+            total = dot(p, q, total, WIDE, PRECISION)
             left += K * b_column
             right += K * x_row
         there = (i[:, None] < m) & (j[None, :] < n)

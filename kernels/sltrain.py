@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from . import backend, dispatch, interpreted
+from . import dispatch, interpreted
 
 __all__ = ['TYPES', 'places', 'sltrain_forward', 'sltrain_forward_reference', 'sltrain_backward', 'sltrain_backward_reference', 'sltrain_linear']
 
@@ -114,12 +114,7 @@ def sltrain_backward_reference(
 
 if importlib.util.find_spec('triton') is not None:
     import triton, triton.language as tl
-
-    @triton.jit
-    def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-        "The interpreter multiplies the bits of bfloat16: there they are widened first, which changes no product."
-        if WIDE: return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-        else: return tl.dot(a, b, total, input_precision=PRECISION)
+    from .tiles import dot
 
     @triton.jit
     def _place(key, row, part, n, k):
@@ -152,7 +147,7 @@ if importlib.util.find_spec('triton') is not None:
             q = first + tl.arange(0, K)
             p = tl.load(left + i[:, None] * l_row + q[None, :] * l_column, mask=(i[:, None] < tokens) & (q[None, :] < r), other=0.)
             f = tl.load(right + q[:, None] * r_row + j[None, :] * r_column, mask=(q[:, None] < r) & (j[None, :] < size), other=0.).to(p.dtype)
-            total = _dot(p, f, total, WIDE, PRECISION)
+            total = dot(p, f, total, WIDE, PRECISION)
         return total
 
     @triton.jit(do_not_specialize=['n', 'k'])  # 1 would be no tensor
@@ -165,7 +160,7 @@ if importlib.util.find_spec('triton') is not None:
         for first in range(0, n, C):
             c = first + tl.arange(0, C)
             p = tl.load(x + i[:, None] * x_row + c[None, :] * x_column, mask=(i[:, None] < tokens) & (c[None, :] < n), other=0.)
-            total = _dot(p, tl.trans(_sparse(values, key, row, first, m, n, k, R, C, STRATA).to(p.dtype)), total, WIDE, PRECISION)
+            total = dot(p, tl.trans(_sparse(values, key, row, first, m, n, k, R, C, STRATA).to(p.dtype)), total, WIDE, PRECISION)
         total = _thin(total, h, b, i, row, tokens, m, r, h_row, h_column, b_column, b_row, K, WIDE, PRECISION)
         tl.store(y + i[:, None] * y_row + row[None, :] * y_column, total.to(y.dtype.element_ty), mask=(i[:, None] < tokens) & (row[None, :] < m))
 
@@ -180,7 +175,7 @@ if importlib.util.find_spec('triton') is not None:
         for start in range(0, m, R):
             row = (start + tl.arange(0, R)).to(tl.int64)
             p = tl.load(g + i[:, None] * g_row + row[None, :] * g_column, mask=(i[:, None] < tokens) & (row[None, :] < m), other=0.)
-            total = _dot(p, _sparse(values, key, row, first, m, n, k, R, C, STRATA).to(p.dtype), total, WIDE, PRECISION)
+            total = dot(p, _sparse(values, key, row, first, m, n, k, R, C, STRATA).to(p.dtype), total, WIDE, PRECISION)
         total = _thin(total, u, a, i, c, tokens, n, r, u_row, u_column, a_row, a_column, K, WIDE, PRECISION)
         tl.store(out + i[:, None] * o_row + c[None, :] * o_column, total.to(out.dtype.element_ty), mask=(i[:, None] < tokens) & (c[None, :] < n))
 
@@ -196,7 +191,7 @@ if importlib.util.find_spec('triton') is not None:
             i = (start + tl.arange(0, T)).to(tl.int64)
             p = tl.load(g + i[None, :] * g_row + row[:, None] * g_column, mask=(i[None, :] < tokens) & (row[:, None] < m), other=0.)
             q = tl.load(x + i[:, None] * x_row + c[None, :] * x_column, mask=(i[:, None] < tokens) & (c[None, :] < n), other=0.)
-            total = _dot(p, q, total, WIDE, PRECISION)
+            total = dot(p, q, total, WIDE, PRECISION)
         begin = (first * k + k - 1) // n
         for j in range(STRATA):
             part = begin + j

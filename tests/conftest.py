@@ -10,6 +10,7 @@ os.environ.update(EFFPT_CACHE=CACHE, EFFPT_PROFILE='smoke', OMP_NUM_THREADS='1',
 for name in 'EFFPT_KERNELS', 'TRITON_INTERPRET': os.environ.pop(name, None)
 
 import effpt_kernels  # noqa: E402,F401  sets TRITON_INTERPRET where there is no GPU
+from device import DEVICE, needs_triton  # noqa: E402
 
 ALONE = 'test_page', 'test_together', 'test_module_imports_in_a_fresh_interpreter'   # tests that share nothing with the others of their file
 
@@ -26,6 +27,18 @@ def pytest_collection_modifyitems(items):
         given = item.callspec.params if item.path.stem == 'test_techniques' and hasattr(item, 'callspec') else {}
         technique = given.get('case') or given.get('name')
         item.add_marker(pytest.mark.xdist_group(technique.partition(',')[0] if isinstance(technique, str) else item.path.stem))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    "Kernels as kernels, compiled or interpreted."
+    monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if DEVICE == 'cuda' else 'interpret')
+
+
+@pytest.fixture(params=['reference', pytest.param('kernel', marks=needs_triton)])
+def how(request, monkeypatch):
+    "Both ways of running a kernel."
+    monkeypatch.setenv('EFFPT_KERNELS', 'torch' if request.param == 'reference' else 'gpu' if DEVICE == 'cuda' else 'interpret')
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """APOLLO's fused update: the reference against float64, the kernel against the reference, over shapes, layouts and types; what cannot be read is refused."""
-import importlib.util, itertools
+import itertools
 
 import pytest, torch
 
 from effpt_kernels import apollo
 from effpt_kernels.apollo import apollo_step, apollo_step_reference
+from device import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1, 1), (1, 7), (7, 1), (16, 256), (17, 257), (70, 33)]
 AXES = [None, 0, 1]
 
@@ -36,15 +35,6 @@ def in_float64(p, g, r, n, before, lr, scale, axis, weight_decay, limit):
     if limit is not None and before is not None and norm > limit * before.double():
         u, norm = u * (limit * before.double() / norm), limit * before.double()
     return p * (1 - lr * weight_decay) - lr * u, norm
-
-
-@pytest.fixture(params=['reference', pytest.param('kernel', marks=needs_triton)])
-def how(request, monkeypatch):
-    monkeypatch.setenv('EFFPT_KERNELS', 'torch' if request.param == 'reference' else 'gpu' if torch.cuda.is_available() else 'interpret')
-
-
-@pytest.fixture
-def kernels(monkeypatch): monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if torch.cuda.is_available() else 'interpret')
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

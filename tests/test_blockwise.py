@@ -1,13 +1,12 @@
 """Block-wise 8-bit numbers: the map of the published library, the nearest code, and kernels that give what the references give."""
-import importlib.util, itertools
+import itertools
 
 import pytest, torch
 
 from effpt_kernels import blockwise
 from effpt_kernels.blockwise import BLOCK, adam_8bit, dequantize, dynamic_map, in_blocks, quantize, tables
+from device import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1,), (7,), (255,), (256,), (257,), (3, 100), (33, 65), (2, 3, 171), (4097,), (0,)]
 
 
@@ -15,10 +14,6 @@ def numbers(shape, key=0, dtype=torch.float32):
     "Numbers of very different sizes, in all signs."
     g = torch.Generator().manual_seed(key)
     return (torch.randn(shape, generator=g) * 10 ** (4 * torch.rand(shape, generator=g) - 4)).to(dtype).to(DEVICE)
-
-
-@pytest.fixture
-def kernels(monkeypatch): monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if torch.cuda.is_available() else 'interpret')
 
 
 @pytest.mark.parametrize('signed', [True, False])

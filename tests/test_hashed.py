@@ -1,12 +1,9 @@
 """Hashed blocks: a slow loop in float64, the references, the kernels and the gradient all say the same, over odd shapes, types, folds and seeds."""
-import importlib.util
-
 import pytest, torch
 
 from effpt_kernels.hashed import Place, gather, gather_reference, mix, scatter_add, scatter_add_reference, signs_of, slots_of
+from device import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 PLACES = [Place((7, 5), 0, 1, 4), Place((16, 16), 0, 4, 8), Place((33, 65), 0, 7, 16), Place((33, 65), 11, 7, 16, seed=3), Place((1, 100), 5, 3, 8), Place((30, 1), 2, 40, 4),
           Place((11, 6), 1000, 13, 2, seed=2 ** 40 + 1), Place((12, 30), 9, 50, 4), Place((5, 3), 8, 3, 1), Place((70, 130), 3, 2, 64)]
 places = pytest.mark.parametrize('place', [p._replace(fold=fold) for p in PLACES for fold in (True, False)], ids=str)
@@ -14,10 +11,6 @@ places = pytest.mark.parametrize('place', [p._replace(fold=fold) for p in PLACES
 
 def numbers(*shape, key=0, dtype=torch.float32): return torch.randn(shape, generator=torch.Generator().manual_seed(key)).to(dtype).to(DEVICE)
 def bank_of(place, dtype=torch.float32): return numbers(place.slots, place.block ** 2, dtype=dtype)
-
-
-@pytest.fixture
-def kernels(monkeypatch): monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if torch.cuda.is_available() else 'interpret')
 
 
 def uses(place):

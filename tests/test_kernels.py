@@ -6,8 +6,8 @@ import pytest, torch
 
 import effpt_kernels
 from effpt_kernels import backend, dispatch, interpreted
+from device import needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
 
 if importlib.util.find_spec('triton') is not None:
     import triton, triton.language as tl

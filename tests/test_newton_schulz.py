@@ -1,13 +1,10 @@
 """Newton-Schulz on stacks of matrices: the reference against the singular value decomposition in float64, the kernels against the reference, over shapes, strides and types."""
-import importlib.util
-
 import pytest, torch
 
 from effpt_kernels import newton_schulz as ns
 from effpt_kernels.newton_schulz import COEFFICIENTS, combine, newton_schulz, square
+from device import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1, 1, 1), (1, 1, 7), (2, 7, 1), (1, 32, 32), (3, 33, 65), (2, 65, 33), (1, 64, 129), (2, 129, 64), (1, 70, 140), (3, 16, 48), (1, 200, 40)]   # odd, tall, wide, square
 TYPES = [(torch.float32, 2e-5), (torch.bfloat16, 8e-3)]
 
@@ -19,10 +16,6 @@ def numbers(shape, key=0, dtype=torch.float32):
 
 
 def apart(a, b): return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-
-
-@pytest.fixture
-def kernels(monkeypatch): monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if torch.cuda.is_available() else 'interpret')
 
 
 def in_float64(g, steps=5, coefficients=COEFFICIENTS):

@@ -1,14 +1,11 @@
 """SLTrain's linear layer: the reference against a dense matrix in float64, the kernels against the reference, over shapes, layouts and types; nothing of the size of W is made."""
-import importlib.util
-
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effpt_kernels import sltrain
 from effpt_kernels.sltrain import WORD, mixed, places, sltrain_backward, sltrain_backward_reference, sltrain_forward, sltrain_forward_reference, sltrain_linear
+from device import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is not made for this machine')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SHAPES = [(1, 1, 1, 1, 1), (3, 5, 7, 2, 1), (17, 33, 65, 5, 3), (20, 70, 31, 40, 11), (5, 64, 48, 16, 16), (40, 16, 100, 3, 7)]   # tokens, m, n, r, k
 EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -44,15 +41,6 @@ def in_float64(x, a, b, values, support, scale, g):
 
 def close(got, expected, eps):
     assert torch.linalg.norm(got.double() - expected) <= eps * torch.linalg.norm(expected) + 1e-9
-
-
-@pytest.fixture(params=['reference', pytest.param('kernel', marks=needs_triton)])
-def how(request, monkeypatch):
-    monkeypatch.setenv('EFFPT_KERNELS', 'torch' if request.param == 'reference' else 'gpu' if torch.cuda.is_available() else 'interpret')
-
-
-@pytest.fixture
-def kernels(monkeypatch): monkeypatch.setenv('EFFPT_KERNELS', 'gpu' if torch.cuda.is_available() else 'interpret')
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
