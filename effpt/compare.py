@@ -9,13 +9,12 @@ __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'I
            'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
            'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
            'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'or_why_not',
-           'smooth_curve', 'Claim', 'Verdict', 'ratio', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
+           'smooth_curve', 'Claim', 'Verdict', 'ratio', 'minus', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
            'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
 
-# %% ../nbs/08_compare.ipynb #efe87373
+# %% ../nbs/08_compare.ipynb #01b09af9
 import contextlib, functools, inspect, itertools, json, math, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +24,9 @@ from scipy import stats
 from fastcore.basics import patch
 from scipy.interpolate import CubicHermiteSpline
 
-# %% ../nbs/08_compare.ipynb #53afb545
+# %% ../nbs/08_compare.ipynb #fb54be14
 from . import catalog, checkpoint
-from .basics import InputError, Table, cache_folder, fingerprint, human, number, profile, suggest, track, write_file
+from .basics import InputError, Table, cache_folder, fingerprint, human, profile, suggest, track, write_file
 from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
@@ -670,7 +669,7 @@ class Verdict(NamedTuple):
         lines = [f'**{self.arm}: {self.card}** (cost: {self.cost}). Claim: {self.says} **{self.claim.capitalize()}.**', '']
         return '\n'.join(lines + [f'- {k}: {v}' for k, v in self.why.items()])
 
-# %% ../nbs/08_compare.ipynb #0b4cfebb
+# %% ../nbs/08_compare.ipynb #1c1aca92
 def ratio(
     arm: str,
     base: str,  # another one
@@ -681,6 +680,17 @@ def ratio(
     def check(c):
         a, b = (np.mean([r['results'][metric] for r in c.arms[name]['runs']]) for name in (arm, base))
         return float(a / b), bool(a / b <= most)
+    return check
+
+def minus(
+    arm: str,
+    base: str,  # another one
+    most: float = 0.,  # up to which the claim holds
+):  # a check: comparison -> (our number, whether the claim holds)
+    "A check of the mean of an arm minus that of another, in what the comparison measures."
+    def check(c):
+        d = c.difference(arm, base).mean
+        return d, d <= most
     return check
 
 def saving(

@@ -21,7 +21,7 @@ import tomlkit, torch.distributed as dist
 from fastcore.meta import delegates
 from torch import nn
 
-# %% ../nbs/10_recipe.ipynb #74eb1878
+# %% ../nbs/10_recipe.ipynb #ff9d6585
 from . import checkpoint
 from .basics import InputError, cache_folder, fingerprint, suggest, write_file
 from .catalog import techniques
@@ -31,7 +31,7 @@ from .loss import bits_per_byte, next_token
 from .model import PRESETS, Transformer, eager, generate, preset
 from .monitor import TensorBoard, WandB, curve, report
 from .schedule import cosine, warmup
-from .tokens import TokenStream, Tokenizer, documents, encode, train_tokenizer
+from .tokens import TokenStream, Tokenizer, encode, train_tokenizer
 from .train import Run, Trainer, adamw, assemble, check_folder, check_options, resolve_name, start_processes
 
 # %% ../nbs/10_recipe.ipynb #a7a3fae0

@@ -2,7 +2,6 @@
 import copy, math
 
 import pytest, torch
-from torch import nn
 
 import tiny
 from effpt import checkpoint
@@ -10,7 +9,7 @@ from effpt.arch.low_rank import low_rank
 from effpt.basics import InputError
 from effpt.ledger import count_flops
 from effpt.model import Transformer, from_hf, generate, to_hf
-from effpt.sparse.efficientllm import Uneven, axes, choose, counts, cut_moments, cuts, efficientllm, least, planned, prune_groups, reachable, saliency
+from effpt.sparse.efficientllm import Uneven, axes, choose, counts, cut_moments, efficientllm, least, planned, prune_groups, reachable, saliency
 from effpt.plan import transformer_shapes
 
 TOKENS = torch.arange(16)[None]

@@ -4,8 +4,7 @@ import pytest, torch
 import tiny
 from effpt.basics import InputError, generator
 from effpt.optim.rules import select
-from effpt.sparse.masks import Masked, best, check_share, masks, pack, scores, unpack
-from effpt.sparse.gradual_pruning import gradual_pruning
+from effpt.sparse.masks import Masked, best, check_sparsity, masks, pack, scores, unpack
 
 
 def draw(*shape, key): return torch.empty(shape).normal_(generator=generator(0, 'test', key))
@@ -99,4 +98,4 @@ def test_the_mean_counts_steps():
 
 @pytest.mark.parametrize('value', [1, 1., -.1, float('nan'), 'much', True])
 def test_a_share_that_is_none_is_refused(value):
-    with pytest.raises(InputError, match='density is'): check_share('density', value)
+    with pytest.raises(InputError, match='density is'): check_sparsity('density', value)

@@ -6,7 +6,7 @@ from torch import nn
 
 from effpt.basics import InputError, generator
 from effpt.loss import bits_per_byte, next_token, outputs
-from effpt.model import Cache, Transformer, attention_mask, from_hf, full_mask, generate, preset, rope, to_hf, tokenizer_from_hf
+from effpt.model import Cache, Transformer, attention_mask, from_hf, full_mask, generate, preset, rope, to_hf
 
 TINY = dict(vocab=50, width=32, layers=2, heads=4, kv_heads=2, hidden=64, length=16)
 

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import tiny
 from effpt import checkpoint
-from effpt.arch.convert import Converted, matrix_of, to_dense
-from effpt.arch.parameter_sharing import AT_START, Shared, Ticket, grasp_scores, lottery_rewinding, parameter_sharing, prune_at_init, snip_scores, synflow_masks
-from effpt.basics import InputError, generator
+from effpt.arch.convert import Converted, to_dense
+from effpt.arch.parameter_sharing import AT_START, Shared, grasp_scores, lottery_rewinding, parameter_sharing, snip_scores, synflow_masks
+from effpt.basics import InputError
 from effpt.ledger import count_flops
 from effpt.optim.rules import select
 from effpt.plan import plan

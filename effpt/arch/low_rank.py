@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['card', 'STARTS', 'MOMENTS', 'FIRST', 'SECOND', 'factors_of', 'LowRank', 'check_rank', 'low_rank', 'planned',
            'refactorized', 'carry', 'Refactorize', 'layers_of', 'states_of', 'refactorize_layer', 'refactorize',
-           'factor_pairs', 'check_every', 'Residual', 'relora', 'MergeAndRestart', 'merge', 'prune_moments',
-           'merge_and_restart', 'jagged']
+           'factor_pairs', 'Residual', 'relora', 'MergeAndRestart', 'merge', 'prune_moments', 'merge_and_restart',
+           'jagged']
 
 # %% ../../nbs/arch/low_rank.ipynb #32388ab5
 card = {
@@ -38,9 +38,9 @@ import math
 import torch, torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/arch/low_rank.ipynb #d8d39eb0
+# %% ../../nbs/arch/low_rank.ipynb #e7af36f5
 from .convert import Converted, convert, matrix_of
-from ..basics import InputError, generator, suggest
+from ..basics import InputError, check_share, check_whole, generator, suggest
 from ..monitor import Callback
 from ..optim.rules import inner_shapes
 from ..optim.spam import forget, restart
@@ -67,7 +67,7 @@ def factors_of(
     if start == 'zero': return random((rank, n), 1 / n, 'A'), torch.zeros(m, rank).to(w)
     return random((rank, n), size / n, 'A'), random((m, rank), size / m, 'B')
 
-# %% ../../nbs/arch/low_rank.ipynb #a2cdeafe
+# %% ../../nbs/arch/low_rank.ipynb #f5d7631b
 class LowRank(Converted):
     "A linear layer whose matrix is the product of two thin ones."
     def __init__(self,
@@ -88,7 +88,7 @@ class LowRank(Converted):
 
 def check_rank(rank, layer, name):
     "Raise `InputError` for a rank that a layer cannot have."
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise InputError(f'rank is {rank}: give a whole number of at least 1.')
+    check_whole('rank', rank)
     if rank > min(matrix_of(layer).shape): raise InputError(f"rank {rank} is above the smaller side of '{name}', {min(matrix_of(layer).shape)}: give a smaller one, or leave the layer out with match=.")
 
 # %% ../../nbs/arch/low_rank.ipynb #a32b3c6c
@@ -177,7 +177,7 @@ def states_of(run, layer) -> tuple:  # of A and B
     "What the run's optimizers keep for the factors."
     return tuple(next((o.state[p] for o in run.optimizers.values() if p in o.state), {}) for p in (layer.A, layer.B))
 
-# %% ../../nbs/arch/low_rank.ipynb #48820ca1
+# %% ../../nbs/arch/low_rank.ipynb #fdb2ad38
 def refactorize_layer(layer, states: tuple, moments: str):
     "Balance the factors of one layer, and do with its moments what was said."
     a, b, after, before = refactorized(layer.A, layer.B)
@@ -193,7 +193,7 @@ def refactorize(
     moments: str = 'reset',  # of the factors: reset, carry or keep
 ) -> Callback:
     "Balance the factors of low-rank layers by a singular value decomposition from time to time (Glentis et al., 2025, section 5)."
-    check_every(every)
+    check_whole('every', every, 'steps')
     if moments not in MOMENTS: raise InputError(f"moments is '{moments}'{suggest(moments, MOMENTS)}.")
     return Refactorize(every, moments)
 
@@ -202,9 +202,6 @@ def factor_pairs(shapes: dict) -> list:  # of (m, n, r)
     return [(shapes[f'{n[:-1]}B'][0], s[1], s[0]) for n, s in shapes.items() if n.endswith('.A') and f'{n[:-1]}B' in shapes]
 
 refactorize.planned = lambda shapes, every=200, **others: dict(flops=sum(8. * (m + n) * r ** 2 + 22. * r ** 3 for m, n, r in factor_pairs(shapes)) / every)
-
-def check_every(every):
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise InputError(f'every is {every}: give a whole number of steps, at least 1.')
 
 # %% ../../nbs/arch/low_rank.ipynb #91f0351f
 class Residual(LowRank):
@@ -235,7 +232,7 @@ def relora(
 
 relora.planned = lambda shapes, **options: planned(shapes, base=True, **options)
 
-# %% ../../nbs/arch/low_rank.ipynb #2db3cc1b
+# %% ../../nbs/arch/low_rank.ipynb #0f13e3f2
 class MergeAndRestart(Callback):
     "Merges the products of a run's ReLoRA layers every so many steps, and lets them begin anew."
     def __init__(self, every: int, forget: float): self.every, self.forget = every, forget
@@ -270,20 +267,20 @@ def merge_and_restart(
     forget: float = .999,  # share of each moment that is set to zero, the smallest entries
 ) -> Callback:
     "Merge the products of ReLoRA layers into their matrices from time to time (Lialin et al., 2023, section 3)."
-    check_every(every)
-    if not 0 <= forget <= 1: raise InputError(f'forget is {forget}: give a share, from 0 to 1.')
+    check_whole('every', every, 'steps')
+    check_share('forget', forget)
     return MergeAndRestart(every, forget)
 
 merge_and_restart.planned = lambda shapes, every=500, **others: dict(flops=sum(2. * r * m * n for m, n, r in factor_pairs(shapes)) / every)
 
-# %% ../../nbs/arch/low_rank.ipynb #d1ac8902
+# %% ../../nbs/arch/low_rank.ipynb #09d336a2
 def jagged(
     inner=constant,  # a schedule
     every: int = 500,  # steps between restarts
     warm: int = 50,  # steps in which the rate rises again
 ):  # a schedule
     "Fall to zero at each restart and rise again to the inner schedule."
-    check_every(every)
+    check_whole('every', every, 'steps')
     if isinstance(warm, bool) or not isinstance(warm, int) or not 0 <= warm < every: raise InputError(f'warm is {warm}: give a number of steps, from 0 to below every ({every}).')
     def with_restarts(progress):
         step = getattr(progress, 'step', 0)

@@ -33,14 +33,14 @@ card = {
 # %% ../../nbs/arch/parameter_sharing.ipynb #87148703
 import contextlib, copy, math
 
-# %% ../../nbs/arch/parameter_sharing.ipynb #7eb14566
-import torch, torch.distributed as dist, torch.nn.functional as F
+# %% ../../nbs/arch/parameter_sharing.ipynb #ed06d249
+import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# %% ../../nbs/arch/parameter_sharing.ipynb #131b28d9
+# %% ../../nbs/arch/parameter_sharing.ipynb #1f5707c4
 from .convert import Converted, convert, linear_layers, matrix_of
-from ..basics import InputError, suggest
+from ..basics import InputError, check_whole, suggest
 from ..model import eager
 from ..monitor import Callback
 from ..optim.rules import inner_shapes, select
@@ -347,7 +347,7 @@ class PruneAtInit(Masked):
         charge.add(flops=passes * self.batches * run.step_flops, tokens=self.batches * run.step_tokens)
         return masks(scores(run.model, run.loss, drawn, weights), sparsity, 'all')
 
-# %% ../../nbs/arch/parameter_sharing.ipynb #b982177e
+# %% ../../nbs/arch/parameter_sharing.ipynb #1f27fb5a
 def prune_at_init(
     compression: float = 10.,  # weights of the chosen matrices for each one that stays
     score: str = 'synflow',  # mag, snip, synflow or grasp
@@ -358,11 +358,10 @@ def prune_at_init(
     "Leave out weights before the first step (Lee et al., 2018; Wang et al., 2020; Tanaka et al., 2020)."
     if not 1 <= compression < math.inf: raise InputError(f'compression is {compression}: give a number of at least 1.')
     if score not in AT_START: raise InputError(f"score is '{score}'{suggest(score, AT_START)}.")
-    for name, value in dict(batches=batches, rounds=1 if rounds is None else rounds).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise InputError(f'{name} is {value}: give a whole number of at least 1.')
+    for name, value in dict(batches=batches, rounds=1 if rounds is None else rounds).items(): check_whole(name, value)
     return PruneAtInit(compression, score, batches, rounds, match)
 
-# %% ../../nbs/arch/parameter_sharing.ipynb #abc8319e
+# %% ../../nbs/arch/parameter_sharing.ipynb #92852aba
 class Ticket(Masked):
     "Puts given masks on at a moment of a run."
     def __init__(self, found: dict, at: float, match=None):
@@ -381,7 +380,7 @@ def lottery_rewinding(
 ):  # the last run; its ledger counts all of them
     "Find a lottery ticket by magnitude after training, and train it from early on (Frankle et al., 2019)."
     if not 1 <= compression < math.inf: raise InputError(f'compression is {compression}: give a number of at least 1.')
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1: raise InputError(f'rounds is {rounds}: give a whole number of at least 1.')
+    check_whole('rounds', rounds)
     if not 0 <= at < 1: raise InputError(f'at is {at}: give a share of the budget, from 0 to below 1.')
     found, earlier = None, []
     for k in range(1, rounds + 1):

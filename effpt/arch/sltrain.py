@@ -32,8 +32,8 @@ import math
 import torch
 from torch import nn
 
-# %% ../../nbs/arch/sltrain.ipynb #d1d0d230
-from .convert import Converted, convert, matrix_of
+# %% ../../nbs/arch/sltrain.ipynb #668779cb
+from .convert import Converted, convert
 from .low_rank import check_rank
 from ..basics import InputError, generator, seed_for, suggest
 from ..optim.rules import inner_shapes

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['least_bytes', 'by_index', 'bags', 'candidates']
 
-# %% ../../nbs/bench/hashed.ipynb #ace24213
+# %% ../../nbs/bench/hashed.ipynb #2fea7c1d
 import torch, torch.nn.functional as F
-from .blockwise import medians
 from effpt_kernels import backend
 from effpt_kernels.hashed import Place, gather, gather_reference, scatter_add, scatter_add_reference, signs_of, slots_of
 

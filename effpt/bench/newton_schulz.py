@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['round_flops', 'round_bytes', 'of_torch', 'candidates']
 
-# %% ../../nbs/bench/newton_schulz.ipynb #00e3999a
+# %% ../../nbs/bench/newton_schulz.ipynb #2b791ca9
 import torch
 from effpt_kernels import backend
 from effpt_kernels.newton_schulz import newton_schulz, newton_schulz_reference
-from .blockwise import medians
 
 # %% ../../nbs/bench/newton_schulz.ipynb #3272cc6f
 def round_flops(

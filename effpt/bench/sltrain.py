@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['flops', 'layer_numbers', 'Compressed', 'Rows', 'in_passing', 'candidates']
 
-# %% ../../nbs/bench/sltrain.ipynb #add7edc7
+# %% ../../nbs/bench/sltrain.ipynb #9ca42574
 import torch, torch.nn.functional as F
-from .blockwise import medians, wait
 from effpt_kernels import backend
 from effpt_kernels.sltrain import places, sltrain_backward_reference, sltrain_forward_reference, sltrain_linear
 

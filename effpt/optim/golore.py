@@ -22,9 +22,6 @@ card = {
         {'says': 'Random subspaces in the last fifth of the training end at a lower loss than leading ones throughout.', 'arm': 'GoLore', 'cost': 'bytes', 'scale': 5.8e7}],
 }
 
-# %% ../../nbs/optim/golore.ipynb #9612fdb7
-import math
-
 # %% ../../nbs/optim/golore.ipynb #7a8761fd
 import torch
 

@@ -27,10 +27,10 @@ import math
 import numpy as np
 from scipy.optimize import least_squares
 
-# %% ../../nbs/sparse/average_parameters.ipynb #578ac570
-from ..basics import InputError, suggest
+# %% ../../nbs/sparse/average_parameters.ipynb #fb69e564
+from ..basics import InputError, check_share, suggest
 from .gradual_pruning import LAWS
-from .masks import check_share
+from .masks import check_sparsity
 
 # %% ../../nbs/sparse/average_parameters.ipynb #321580c6
 def in_window(
@@ -54,7 +54,7 @@ def mean_density(
     "The mean over a run of the share of weights that live."
     return start + (end - start) * in_window(final, initial, law) + (1 - end) * (1 - final)
 
-# %% ../../nbs/sparse/average_parameters.ipynb #d691bf99
+# %% ../../nbs/sparse/average_parameters.ipynb #f1ba7dae
 def window(
     begin: float = .25,  # $f_1$, share of the compute
     finish: float = .75,  # $f_2$, share of the compute
@@ -62,9 +62,8 @@ def window(
     law: str = 'geometric',  # or cubic, linear
 ) -> dict:  # final, start, end, law: arguments of `gradual_pruning`
     "A window of pruning, in shares of the compute that sparse products would take (Jin et al., 2025)."
-    check_share('final', final)
-    for name, value in dict(begin=begin, finish=finish).items():
-        if not 0 <= value <= 1: raise InputError(f'{name} is {value}: give a share of the compute, from 0 to 1.')
+    check_sparsity('final', final)
+    for name, value in dict(begin=begin, finish=finish).items(): check_share(name, value, 'the compute')
     if begin >= finish: raise InputError(f'begin is {begin} and finish is {finish}: give a finish after the beginning.')
     m = in_window(final, law=law)
     mean = 1 / (begin + (finish - begin) / m + (1 - finish) / (1 - final))

@@ -36,8 +36,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../../nbs/sparse/efficientllm.ipynb #560e2f22
-from ..basics import InputError, generator, human, suggest
+# %% ../../nbs/sparse/efficientllm.ipynb #4e6e4d5f
+from ..basics import InputError, check_share, check_whole, generator, human, suggest
 from ..checkpoint import optimizer_state, parameter_names
 from ..model import Transformer, rope
 from ..monitor import Callback
@@ -462,7 +462,7 @@ def look(self: EfficientLLM, run):
         for key, s in saliency(run.model, self.order, run.step_tokens).items(): self.sums[key] = self.sums[key].to(s.device) + s if key in self.sums else s
     self.steps += 1
 
-# %% ../../nbs/sparse/efficientllm.ipynb #4f8327bc
+# %% ../../nbs/sparse/efficientllm.ipynb #bca4f4a0
 def efficientllm(
     layers: int | None = None,  # blocks at the end; as many as there are without it
     heads: int | None = None,  # in each block
@@ -477,12 +477,10 @@ def efficientllm(
     "Prune parameter groups while pretraining, until a target shape is reached (Xing et al., 2025)."
     target = {k: v for k, v in dict(layers=layers, heads=heads, kv_heads=kv_heads, hidden=hidden, width=width).items() if v is not None}
     if not target: raise InputError('efficientllm has no target: name at least one of layers, heads, kv_heads, hidden and width.')
-    for name, value in target.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise InputError(f'{name} is {value}: give a whole number, at least 1.')
-    for name, value in dict(start=start, end=end).items():
-        if not 0 <= value <= 1: raise InputError(f'{name} is {value}: give a share of the run, from 0 to 1.')
+    for name, value in target.items(): check_whole(name, value)
+    for name, value in dict(start=start, end=end).items(): check_share(name, value, 'the run')
     if start >= end: raise InputError(f'start is {start} and end is {end}: give an end after the start.')
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise InputError(f'every is {every}: give a whole number of steps, at least 1.')
+    check_whole('every', every, 'steps')
     if order not in ORDERS: raise InputError(f"order is '{order}'{suggest(order, ORDERS)}.")
     return EfficientLLM(target, start, end, every, order)
 

@@ -19,10 +19,10 @@ card = {
         {'says': 'A large sparse model does better than a small dense one that is stored in as many bytes.', 'arm': 'three quarters pruned', 'cost': 'bytes', 'scale': 4e6}],
 }
 
-# %% ../../nbs/sparse/gradual_pruning.ipynb #4bda089d
-from ..basics import InputError, suggest
+# %% ../../nbs/sparse/gradual_pruning.ipynb #3f276723
+from ..basics import InputError, check_share, check_whole, suggest
 from ..monitor import Callback
-from .masks import SCORES, WITHIN, Masked, check_share, masks, planned_masks, scores
+from .masks import SCORES, WITHIN, Masked, check_sparsity, masks, planned_masks, scores
 
 # %% ../../nbs/sparse/gradual_pruning.ipynb #cbbe974a
 LAWS = {  # what of the way from the first to the last sparsity is still to be gone, at a share of the time that is left
@@ -66,7 +66,7 @@ class GradualPruning(Masked):
         super().load_state_dict(state)
         self.reached = state['reached']
 
-# %% ../../nbs/sparse/gradual_pruning.ipynb #b57e1902
+# %% ../../nbs/sparse/gradual_pruning.ipynb #599eccc5
 def gradual_pruning(
     final: float = .75,  # $s_f$, share of the chosen weights that is gone at the end
     start: float = 0.,  # $t_0$, share of the run
@@ -79,12 +79,11 @@ def gradual_pruning(
     match=None,  # which matrices; all inner ones without it
 ) -> Callback:
     "Set the smallest weights to zero, more and more of them (Zhu and Gupta, 2017, section 3)."
-    for name, value in dict(final=final, initial=initial).items(): check_share(name, value)
-    for name, value in dict(start=start, end=end).items():
-        if not 0 <= value <= 1: raise InputError(f'{name} is {value}: give a share of the run, from 0 to 1.')
+    for name, value in dict(final=final, initial=initial).items(): check_sparsity(name, value)
+    for name, value in dict(start=start, end=end).items(): check_share(name, value, 'the run')
     if initial > final: raise InputError(f'initial is {initial}, above final ({final}): what is gone does not come back.')
     if start >= end: raise InputError(f'start is {start} and end is {end}: give an end after the start.')
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise InputError(f'every is {every}: give a whole number of steps, at least 1.')
+    check_whole('every', every, 'steps')
     for name, value, known in ('law', law, LAWS), ('by', by, SCORES), ('within', within, WITHIN):
         if value not in known: raise InputError(f"{name} is '{value}'{suggest(value, known)}.")
     return GradualPruning(dict(final=final, start=start, end=end, initial=initial, law=law), every, by, within, match)

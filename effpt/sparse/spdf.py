@@ -26,15 +26,15 @@ import math
 import numpy as np
 from torch import nn
 
-# %% ../../nbs/sparse/spdf.ipynb #8dac92d5
-from ..basics import InputError, human
+# %% ../../nbs/sparse/spdf.ipynb #3e2e4647
+from ..basics import InputError
 from ..compare import Comparison, Interval
 from ..ledger import count_flops
 from ..monitor import Callback
 from ..optim.rules import select
-from .masks import Masked, check_share, masks, planned_masks, scores
+from .masks import Masked, check_sparsity, masks, planned_masks, scores
 
-# %% ../../nbs/sparse/spdf.ipynb #0fc36e43
+# %% ../../nbs/sparse/spdf.ipynb #f0a150a5
 class StaticSparsity(Masked):
     "Switches off a random share of each of a run's matrices, until a share of the run."
     def __init__(self, sparsity: float, until: float, match):
@@ -55,7 +55,7 @@ def static_sparsity(
     match=None,  # which matrices; all inner ones without it
 ) -> Callback:
     "Switch off weights at random, the same ones all the time (Thangarasa et al., 2023, section 2)."
-    check_share('sparsity', sparsity)
+    check_sparsity('sparsity', sparsity)
     if not 0 < until <= 1: raise InputError(f'until is {until}: give a share of the run, above 0 and up to 1.')
     return StaticSparsity(sparsity, until, match)
 
