@@ -425,7 +425,7 @@ def show_preview(options: dict) -> int:
     preview(**options)
     return 0
 
-# %% ../nbs/11_cli.ipynb #a610815c
+# %% ../nbs/11_cli.ipynb #519bf872
 def parser() -> Parser:
     "The whole command line."
     main = Parser(prog='effpt', description='Pretrain and adapt models on a small budget: techniques explained, runnable and measured.',
@@ -459,7 +459,8 @@ def parser() -> Parser:
     p = command(commands, 'book', 'execute pages in place and refresh their outputs and records (in a clone)', 'effpt book optim/galore --profile cpu', book)
     p.add_argument('pages', nargs='*', metavar='PAGE', help='pages or folders such as optim/galore or optim; all without one')
     add_options(p, {'options': dict(profile=(str, 'cpu or gpu (default cpu)'), force=(None, 'also pages whose outputs and record are up to date'),
-                                    limit=(str, 'time after which a page is given up (default 1h)'), dry=(None, 'only say what would be done, and how long it would take'))})
+                                    limit=(str, 'time after which a page is given up (default 1h)'), dry=(None, 'only say what would be done, and how long it would take'),
+                                    draft=(None, 'leave out measurements, and pages that have been measured'))})
     add_options(command(commands, 'preview', 'read the book in a browser, without a network', 'effpt preview --port 8000', show_preview),
                 {'options': dict(port=(whole, 'of the server on this machine (default: a free one)'))})
     return main
