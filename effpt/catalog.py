@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'SLOTS', 'KINDS', 'COSTS', 'TOUCHES', 'NEEDED', 'CARD', 'TECHNIQUE', 'CLAIM', 'SPINE', 'SCHEMA', 'PROFILES',
            'STATE', 'AXES', 'COLUMNS', 'STATES', 'STYLE', 'SCRIPT', 'Source', 'part_of', 'place', 'modules',
-           'find_page', 'check_card', 'card', 'techniques', 'Arguments', 'arguments', 'papers', 'golden_fingerprint',
-           'code_fingerprint', 'write_record', 'records', 'record', 'is_stale', 'used_by', 'arms_of', 'verdict',
-           'numbers', 'Shown', 'when_measured', 'show_card', 'part_rows', 'part_points', 'part_figure', 'part_table',
-           'catalogue_rows', 'Catalogue', 'catalogue']
+           'find_page', 'check_card', 'card', 'techniques', 'known_techniques', 'Arguments', 'arguments', 'papers',
+           'golden_fingerprint', 'code_fingerprint', 'write_record', 'records', 'record', 'is_stale', 'used_by',
+           'arms_of', 'verdict', 'numbers', 'Shown', 'when_measured', 'show_card', 'part_rows', 'part_points',
+           'part_figure', 'part_table', 'catalogue_rows', 'Catalogue', 'catalogue']
 
 # %% ../nbs/09_catalog.ipynb #9e2ad78c
 import ast, copy, functools, html, importlib.util, json, math, re, time
@@ -216,20 +216,24 @@ def _spine(root=None):
         if source and name in source.names:
             yield name, _entry(source, name, {}, _fill(dict(slot=slot, kind=kind), TECHNIQUE, name), spine=True)
 
-# %% ../nbs/09_catalog.ipynb #9ee90bac
+# %% ../nbs/09_catalog.ipynb #6b4db9ac
 def techniques(
     slot: str | None = None,  # only those of this slot
     root=None,  # folder of the package, if not this one
 ) -> dict:  # name -> page, module, what the card says of it, sentence, spine
     "Everything that can fill a slot or be named by a recipe: what the cards state, and the spine's own functions."
-    found = copy.deepcopy(_techniques(_root(root), tuple(s.text for s in modules(root))))
+    found = known_techniques(root)
     if slot is not None: _one_of(slot, {*SLOTS, *(t['slot'] for t in found.values())}, 'there is no slot')
-    return {n: t for n, t in found.items() if slot in (None, t['slot'])}
+    return copy.deepcopy({n: t for n, t in found.items() if slot in (None, t['slot'])})
 
-# %% ../nbs/09_catalog.ipynb #a5e94d93
+def known_techniques(root=None) -> dict:  # to be read only: it is made once, as long as no module has changed
+    "What `techniques` gives, without copying it."
+    return _techniques(_root(root), tuple(s.text for s in modules(root)))
+
+# %% ../nbs/09_catalog.ipynb #fbb4a2c2
 @functools.lru_cache(4)
 def _techniques(root, texts):
-    "All of them, by name, as long as no module has changed."
+    "All of them, by name."
     found = dict(_spine(root))
     for source, card in _cards(root):
         for name, t in card['techniques'].items():

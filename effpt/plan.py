@@ -161,7 +161,7 @@ class Technique(NamedTuple):
 
     def __str__(self): return self.name + (f"({', '.join(f'{k}={v}' for k, v in self.arguments.items())})" if self.arguments else '')
 
-# %% ../nbs/12_plan.ipynb #63b88446
+# %% ../nbs/12_plan.ipynb #eae7e8f6
 def find_technique(
     name,  # of a technique, 'module:function', or a function
 ) -> Technique:  # without arguments
@@ -169,7 +169,7 @@ def find_technique(
     if callable(name): function, name = name, getattr(name, '__name__', str(name))
     elif ':' in str(name): function, name = resolve_name(name), name.partition(':')[2]
     else:
-        known = {n: t for slot in PLANNED.values() for n, t in catalog.techniques(slot).items()}
+        known = {n: t for n, t in catalog.known_techniques().items() if t['slot'] in PLANNED.values()}
         if name not in known: raise InputError(f"there is no technique '{name}'{suggest(name, known)}")
         function = resolve_name(f"{known[name]['module']}:{name}")
     planned = getattr(function, 'planned', None) or SPINE.get(name) or of_its_page(function, name)
@@ -178,7 +178,7 @@ def find_technique(
 
 def of_its_page(function, name: str):
     "The formula that a technique's page exports, where it can only mean this technique."
-    known = catalog.techniques()
+    known = catalog.known_techniques()
     shared = name in known and known[name]['slot'] in ('loss', 'callbacks') and sum(t['module'] == known[name]['module'] for t in known.values()) > 1
     return None if shared else getattr(inspect.getmodule(function), 'planned', None)
 
