@@ -194,7 +194,7 @@ class Ran(NamedTuple):
     error: str
     seconds: float
 
-# %% ../nbs/13_book.ipynb #464f8366
+# %% ../nbs/13_book.ipynb #3e7a1e15
 def run_page(
     path,             # the notebook
     profile='smoke',  # smoke (seconds, for tests), cpu or gpu: what `effpt.basics.profile` says there
@@ -205,7 +205,7 @@ def run_page(
     "Run one page in a process of its own against the installed package, with a time limit; a failure names the cell."
     path = Path(path).resolve()
     if not path.is_file(): raise InputError(f"There is no page '{path}': name a notebook under nbs/.")
-    end = forked(_execute, path, write, draft, timeout=timeout, EFFPT_PROFILE=profile, HF_HUB_DISABLE_PROGRESS_BARS='1')
+    end = forked(_execute, path, write, draft, timeout=timeout, EFFPT_PROFILE=profile)
     why = {'time': f'ran over its limit of {timeout} s in', 'crashed': 'crashed in', 'failed': 'could not be run: at'}
     error = '' if end.how == 'done' and not end.value else \
         f'{path.name}: failed in the cell\n\n{end.value}' if end.how == 'done' else \
