@@ -24,13 +24,13 @@ from scipy import stats
 from fastcore.basics import patch
 from scipy.interpolate import CubicHermiteSpline
 
-# %% ../nbs/08_compare.ipynb #fb54be14
+# %% ../nbs/08_compare.ipynb #696f6213
 from . import catalog, checkpoint
 from .basics import InputError, Table, cache_folder, fingerprint, human, profile, suggest, track, write_file
 from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
-from .monitor import Callback
+from .monitor import Callback, read_metrics
 from .recipe import build, bytes_of_a_step, defaults, describe, entries, find, is_reference, pick_sizes, plan_run, pretrain, read_recipe, read_run, text_of, SLOTS
 from .train import Budget, Diverged
 
@@ -269,7 +269,7 @@ def run_key(recipe: dict, seed: int, text: dict) -> str:
     "What a finished run is kept under."
     return fingerprint(recipe, seed, text, code_key(recipe))
 
-# %% ../nbs/08_compare.ipynb #ec99eceb
+# %% ../nbs/08_compare.ipynb #6b66c7f1
 def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> dict:  # in a process of its own
     "Train one arm on one seed and say what came out."
     if threads: torch.set_num_threads(threads)
@@ -279,7 +279,7 @@ def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> d
     try: run = trainer.fit(resume=again)
     except Diverged as e: return dict(diverged=str(e))
     run.ledger.bytes = bytes_of_a_step(run)
-    history = list(run.history)
+    history = [row for row in read_metrics(folder) if 'evaluate' not in row]   # run.history begins where the run was resumed
     kept = history[::max(1, len(history) // 400)] + history[-1:]
     return dict(results=run.results, steps=run.step, tokens=run.tokens, ledger=run.ledger.state_dict(), resolved=run.resolved, machine=machine(),
                 parameters=sum(p.numel() for p in run.model.parameters()), history=smoothed(history, kept))

@@ -63,6 +63,19 @@ def test_the_same_arm_ends_with_the_same_bits(tmp_path):
     assert ends[0].value['results'] == ends[1].value['results'] and [h[3] for h in ends[0].value['history']] == [h[3] for h in ends[1].value['history']]
 
 
+def test_the_history_of_an_arm_that_was_stopped_is_whole(tmp_path):
+    recipe = c.arm({}, dict(size='nano') | TINY | dict(budget='6 steps'))
+    class Stop:
+        def after_step(self, run, metrics):
+            if run.step == 3: run.stopped = 'SIGTERM'
+    trainer, _ = c.plan_run(c.full(recipe) | dict(seed=0, out=str(tmp_path/'parts'), save_every='5min', keep_last=1))
+    trainer.watching.append(Stop())
+    assert trainer.fit().step == 3
+    whole, parts = (c.run_arm(print, recipe, 0, str(tmp_path/name), None) for name in ('whole', 'parts'))
+    assert [(tokens, flops, loss) for tokens, flops, _, loss in parts['history']] == [(tokens, flops, loss) for tokens, flops, _, loss in whole['history']]
+    assert len(whole['history']) == 6 and parts['results'] == whole['results']
+
+
 @pytest.mark.parametrize('given', [{}, dict(warm=.5, floor=.2), dict(weight_decay=.3, lr=.01), dict(optimizer='adamw', schedule=['wsd'])], ids=str)
 def test_an_arm_trains_as_pretrain_does(tmp_path, given):
     "What `pretrain` chooses by itself (its schedule, its rate) an arm has too."
