@@ -215,10 +215,10 @@ def run_page(
         f'{path.name}: {why[end.how]} the cell\n\n{end.at}\n\n{end.value}'
     return Ran(path.name, error, end.seconds)
 
-# %% ../nbs/13_book.ipynb #599f224e
+# %% ../nbs/13_book.ipynb #14a068f8
 def outputs_fingerprint(path, root) -> str:
-    "What the outputs of a page depend on: its code cells, and the code of its module with what that imports."
-    cells = [''.join(c['source']) for c in json.loads(Path(path).read_text())['cells'] if c['cell_type'] == 'code']
+    "What the outputs of a page depend on: its code cells without directives of how they are shown, and the code of its module with what that imports."
+    cells = [line for c in json.loads(Path(path).read_text())['cells'] if c['cell_type'] == 'code' for line in ''.join(c['source']).splitlines() if not re.match(r'#\|(?!\s*eval)', line)]
     try: code = catalog.code_fingerprint(page_name(path, root), Path(root)/'effpt')
     except InputError: code = ''   # a page without a module
     return fingerprint(cells, code)
@@ -508,7 +508,7 @@ footer { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3
 @media (max-width: 46rem) { body { display: block; } nav.book { position: static; min-height: 0; max-height: none; border: 0; } main { padding: 1rem; } }
 '''
 
-# %% ../nbs/13_book.ipynb #8db3a46c
+# %% ../nbs/13_book.ipynb #1b669217
 _CONTENT = '''
 code { font: .86em/1.5 ui-monospace, "SFMono-Regular", Menlo, "DejaVu Sans Mono", monospace; }
 :not(pre) > code { background: var(--back); padding: .1em .3em; border-radius: 3px; } h3 > code, h3 { font-family: inherit; }
@@ -521,6 +521,7 @@ details > summary { cursor: pointer; font-size: .8rem; color: var(--soft); } det
 figure { margin: .4rem 0 1.2rem; } img { max-width: 100%; height: auto; } figcaption { font-size: .88rem; color: var(--soft); }
 table { border-collapse: collapse; margin: .8rem 0 1.2rem; font-size: .9rem; display: block; overflow-x: auto; max-width: 100%; width: fit-content; }
 th, td { padding: .3rem .8rem .3rem .2rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+table:has(th:nth-child(8)) { font-size: .74rem; line-height: 1.45; } table:has(th:nth-child(8)) :is(th, td) { padding-right: .5rem; }
 thead th { border-bottom: 2px solid #c9ced4; white-space: nowrap; } col { width: auto !important; }
 blockquote { margin: .8rem 0; padding: .1rem 1rem; border-left: 3px solid var(--line); color: var(--soft); } hr { border: 0; border-top: 1px solid var(--line); margin: 2rem 0 -.8rem; }
 math[display="block"] { margin: .9rem 0; overflow-x: auto; } math { font-size: 1.08em; }

@@ -419,7 +419,13 @@ def arms_of(record: dict, names) -> list:
     "The arms of a record that use one of these techniques."
     return [a for a, arm in record.get('arms', {}).items() if used_by(arm.get('recipe')) & set(names)]
 
-# %% ../nbs/09_catalog.ipynb #9128ac89
+# %% ../nbs/09_catalog.ipynb #19c3a3c6
+def _in_short(verdicts) -> str:
+    "What they say, each word once with the costs it holds for."
+    costs = {}
+    for v in verdicts: costs.setdefault(v['card'], []).append(v.get('cost'))
+    return ', '.join(f"{card} ({', '.join(known)})" if (known := list(dict.fromkeys(filter(None, each)))) else card for card, each in costs.items())
+
 def verdict(
     record: dict | None,  # of the page
     names=None,  # techniques; all of the page without them
@@ -428,17 +434,20 @@ def verdict(
     if not record: return 'not measured'
     arms = arms_of(record, names) if names is not None else []
     chosen = [v for v in record.get('verdicts', ()) if v.get('arm') in arms] or record.get('verdicts', ())
-    return ', '.join(dict.fromkeys(f"{v['card']} ({v['cost']})" if v.get('cost') else v['card'] for v in chosen)) or 'measured, no verdict'
+    return _in_short(chosen) or 'measured, no verdict'
 
-# %% ../nbs/09_catalog.ipynb #90bb3a41
+# %% ../nbs/09_catalog.ipynb #71d027c8
 def _interval(d, digits='+.3f'):
     "A number with its interval."
     if not d or d.get('mean') is None: return ''
-    return f"{d['mean']:{digits}}" + (f" ({d['low']:{digits}} to {d['high']:{digits}})" if None not in (d.get('low'), d.get('high')) and d['low'] != d['high'] else '')
+    mean, low, high = (d.get(k) for k in ('mean', 'low', 'high'))
+    if low is None or high is None or low == high: return f'{mean:{digits}}'
+    even = math.isclose(high - mean, mean - low, rel_tol=1e-6)
+    return f'{mean:{digits}} ± {high - mean:{digits[-3:]}}' if even else f'{mean:{digits}} ({low:{digits}} to {high:{digits}})'
 
 def _state_of(arm): return sum((arm.get('bytes') or {}).get(k) or 0 for k in ('parameters', 'gradients', 'optimizer'))
 
-# %% ../nbs/09_catalog.ipynb #f043c7d2
+# %% ../nbs/09_catalog.ipynb #1e23b4ba
 def numbers(
     record: dict,
     arm: str,  # its name
@@ -450,7 +459,7 @@ def numbers(
     if size := _state_of(a): shown['state'] = human(size, 'B') + (f' ({size/_state_of(base):.0%})' if a is not base and _state_of(base) else '')
     if a.get('seconds'): shown['seconds'] = human(a['seconds']) + (f" ({a['seconds']/base['seconds']:.0%})" if a is not base and base.get('seconds') else '')
     for cost, m in (a.get('multiplier') or {}).items():
-        if a is not base and m: shown[f'× {cost}'] = m.get('text') or _interval(m, '.2f')
+        if a is not base and m: shown[f'× {cost}'] = _interval(m, '.2f') if all(m.get(k) for k in ('mean', 'low', 'high')) else m.get('text', '')   # beyond the ladder's ends only the text tells
     return shown
 
 # %% ../nbs/09_catalog.ipynb #1fbce93c
@@ -482,7 +491,7 @@ def _verdict_lines(record):
     for v in (record or {}).get('verdicts', ()):
         yield f"**{v['card']}**{' on ' + v['cost'] if v.get('cost') else ''}{' (' + v['arm'] + ')' if v.get('arm') else ''}: “{v['says']}”, {v['claim']}"
 
-# %% ../nbs/09_catalog.ipynb #924c790f
+# %% ../nbs/09_catalog.ipynb #fd713afb
 def show_card(
     page: str,  # 'optim/galore'
     root=None,  # folder of the package, if not this one
@@ -494,10 +503,10 @@ def show_card(
     papers = '; '.join([f"{title(known[i])} [{i}]({up}09_catalog.ipynb)" for i in c['papers']] + [f'[{t}]({address})' for t, address in c['sources'].items()])
     slots = ', '.join(f"`{n}` ({t['slot']}, {t['kind']})" for n, t in c['techniques'].items())
     rows = [('paper', papers), ('slot', slots), *((k, c[k]) for k in ('saves', 'costs', 'when', 'avoid')),
-            ('verdict', '<br>'.join(_verdict_lines(r)) or verdict(r)), ('measured', when_measured(find_page(page, root).page, r, root))]
+            ('verdict', '<br>'.join(_verdict_lines(r)) or verdict(r)), ('measured', r and when_measured(find_page(page, root).page, r, root))]
     return Shown(_table([(f'**{k}**', v) for k, v in rows if v], ('', '')))
 
-# %% ../nbs/09_catalog.ipynb #b48103f9
+# %% ../nbs/09_catalog.ipynb #2b440e7a
 def part_rows(
     part: str,  # 'optim'
     root=None,  # folder of the package, if not this one
@@ -509,11 +518,11 @@ def part_rows(
         r, names = record(source.page, root=root), list(c['techniques'])
         link = f"[{', '.join(names) or source.page}]({source.page.rpartition('/')[2]}.ipynb)"
         stale = ' (stale)' if r and is_stale(source.page, r, root) else ''
-        about = {'technique': link, 'saves': c['saves']}
+        about = {'technique': link}
         for arm in (arms_of(r, names) if r else []):
-            said = ', '.join(f"{v['card']} ({v['cost']})" for v in r.get('verdicts', ()) if v.get('arm') == arm)
+            said = _in_short(v for v in r.get('verdicts', ()) if v.get('arm') == arm)
             rows.append({**about, 'arm': arm, 'verdict': said + (stale if said else ''), **numbers(r, arm), 'measured': f"{r['profile']}, {r.get('size', '')}, {r.get('budget', '')}{stale}"})
-            about = {'technique': '', 'saves': ''}
+            about = {'technique': ''}
         if about['technique']: rows.append({**about, 'verdict': verdict(r, names) + stale})
     return rows
 
@@ -561,7 +570,7 @@ def part_figure(
     axis.legend()
     return figure
 
-# %% ../nbs/09_catalog.ipynb #b9b70096
+# %% ../nbs/09_catalog.ipynb #dc0b1bb4
 def part_table(
     part: str,  # 'optim'
     root=None,  # folder of the package, if not this one
@@ -569,9 +578,13 @@ def part_table(
     "The results of a part, and what of it is in the catalogue but not built."
     if part not in PARTS: _one_of(part, PARTS, 'there is no part')
     rows = part_rows(part, root)
-    heads = list(dict.fromkeys(k for row in rows for k, v in row.items() if v))
+    found, waiting = ([r for r in rows if (r['verdict'] == 'not measured') == w] for w in (False, True))
+    how = {r['measured'] for r in found if 'measured' in r}
+    heads = list(dict.fromkeys(k for row in found for k, v in row.items() if v and (k != 'measured' or len(how) > 1)))
     heads.sort(key=lambda h: 'measured' == h)
-    text = _table([[row.get(h, '') for h in heads] for row in rows], heads) if rows else 'No page of this part is built yet.'
+    text = _table([[row.get(h, '') for h in heads] for row in found], heads) if found else 'No page of this part is built yet.' if not rows else 'Nothing of this part has been measured yet.'
+    if len(how) == 1: text += f'\n\nAll measured: profile {how.pop()}.'
+    if waiting: text += '\n\nBuilt and not measured yet: ' + '; '.join(r['technique'] for r in waiting) + '.'
     missing = [p for p in papers(root) if p['part'] == part and not p['built']]
     if missing: text += '\n\nIn the catalogue and not built yet: ' + '; '.join(p['title'] + (f" ({p['year']})" if p['year'] else '') for p in missing) + '.'
     return Shown(text)

@@ -179,7 +179,7 @@ def test_list_and_show_read_the_record(copy):
     written = catalog.write_record('zoo/toy', RECORD, 'cpu', copy.root)
     assert 'pays (bytes); saves' in effpt_of(copy, 'list').stdout
     said = effpt_of(copy, 'show', 'toy').stdout
-    for words in 'toy half', '+0.010 (+0.000 to +0.020)', '8 MB (67%)', 'pays on bytes (toy half): as good: partly', 'profile cpu', '× tokens': assert words in said, (words, said)
+    for words in 'toy half', '+0.010 ± 0.010', '8 MB (67%)', 'pays on bytes (toy half): as good: partly', 'profile cpu', '× tokens': assert words in said, (words, said)
     assert effpt_of(copy, 'show', '198').stdout.startswith('APOLLO') and 'toy half' in effpt_of(copy, 'show', 'zoo/toy').stdout
     path.write_text(source('zoo/toy', code=CODE.replace('lr=1e-3', 'lr=2e-3')))
     assert '[stale]' in effpt_of(copy, 'list').stdout and 'stale' in effpt_of(copy, 'show', 'toy').stdout and 'stale' in catalog.show_card('zoo/toy', copy.root).text
@@ -193,7 +193,7 @@ def test_the_table_of_a_part_comes_from_the_records(copy):
     copy('optim/toy')
     catalog.write_record('optim/toy', RECORD, 'cpu', copy.root)
     row = next(r for r in catalog.part_rows('optim', copy.root) if r.get('arm') == 'toy half')
-    assert row['technique'] == '[toy](toy.ipynb)' and row['verdict'] == 'pays (bytes)' and row['difference'].startswith('+0.010') and row['× tokens'] == '0.9 (0.8 to 1)'
+    assert row['technique'] == '[toy](toy.ipynb)' and row['verdict'] == 'pays (bytes)' and row['difference'].startswith('+0.010') and row['× tokens'] == '0.90 ± 0.10'
     assert '[toy](toy.ipynb)' in catalog.part_table('optim', copy.root)._repr_markdown_()
 
 

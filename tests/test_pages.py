@@ -91,6 +91,21 @@ def test_the_page_names_each_technique_in_a_test(page):
     assert called_somewhere == {n for n, t in TECHNIQUES.items() if t['page'] == page}
 
 
+BOOK = sorted(p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+
+@pytest.mark.parametrize('page', BOOK)
+def test_a_page_begins_with_what_it_is_about(page):
+    "On the site, a page does not begin with what it imports: exported imports and the card are left out, as the card is drawn; the other imports are folded."
+    top = True
+    for c in read(page):
+        top = top and not c.is_heading()
+        imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in c.tree.body]
+        only = bool(imports) and all(imports)
+        assert 'exports' not in c.directives or not (only or c.assigns == {'card'}), c.text
+        assert c.exported or c.directives & {'hide', 'code-fold'} or not (top and only or any(imports) and c.calls('figures')), c.text
+
+
 def page(*cells): return [Cell(dict(cell_type='code' if kind else 'markdown', source=[text])) for kind, text in cells]
 
 

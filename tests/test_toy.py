@@ -11,14 +11,14 @@ PAPER = next(p['id'] for p in papers() if not p['built'])
 CELLS = [
     ('markdown', '# Toy\n\n> Descent with momentum, to see that a page is enough.'),
     ('code', '#| default_exp optim.toy'),
-    ('code', f"""#| exports
+    ('code', f"""#| export
 card = {{
     'papers': ['{PAPER}'],
     'saves': 'half of the optimizer state', 'costs': 'patience', 'when': 'a test needs a page', 'avoid': 'where anything is to be learned',
     'techniques': {{
         'toy': {{'slot': 'optimizer', 'kind': 'base', 'touches': ['optimizer state'], 'case': {{'momentum': 0.5}}, 'without': ['linear']}}}},
 }}"""),
-    ('code', '#| exports\nimport torch\n\nfrom effpt.basics import InputError'),
+    ('code', '#| export\nimport torch\n\nfrom effpt.basics import InputError'),
     ('code', '#| hide\nfrom effpt.catalog import show_card'),
     ('code', "#| exec_doc\nshow_card('optim/toy')"),
     ('markdown', 'The velocity $v_t = \\mu v_{t-1} + g_t$ moves the weights.'),
@@ -120,7 +120,7 @@ def test_docs(copy, note):
     python(folder, 'from effpt.book import site, sidebar; site("site", "."); sidebar(".")')
     page, part = ((folder/'site'/'optim'/name).read_text() for name in ('toy.html', 'index.html'))
     assert '<h1>Toy</h1>' in page and 'half of the optimizer state' in page      # the card is drawn
-    assert 'href="toy.html"' in part and 'half of the optimizer state' in part     # the part's table has it
+    assert 'Built and not measured yet' in part and 'href="toy.html">toy</a>' in part     # the part names it
     assert 'optim/toy.ipynb' in (folder/'nbs'/'sidebar.yml').read_text()
     assert 'href="optim/toy.html"' in (folder/'site'/'index.html').read_text()
     note(f'a page written, exported, listed, tested and rendered in {time.monotonic() - copy[2]:.0f} s')
