@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'PRELOAD', 'NOT_MEASURED', 'FROM', 'png', 'figures', 'home', 'page_name', 'pages', 'Ended',
            'forked', 'measurement', 'Ran', 'run_page', 'outputs_fingerprint', 'only_draws', 'marked', 'why_run',
-           'minutes_of', 'chosen', 'mark', 'estimate', 'refresh', 'Page', 'broken_links', 'Group', 'contents',
-           'sidebar', 'site', 'preview', 'readme']
+           'minutes_of', 'chosen', 'mark', 'estimate', 'refresh', 'SourceOnce', 'Page', 'broken_links', 'Group',
+           'contents', 'sidebar', 'site', 'preview', 'readme']
 
 # %% ../nbs/13_book.ipynb #7541bae9
 import faulthandler, functools, html, io, json, multiprocessing, os, re, shutil, signal, sys, tempfile, time, traceback
@@ -361,6 +361,27 @@ def _cell(cell):
     results = [] if options.get('output') == 'false' else [_output(o, options) for o in cell.get('outputs', [])]
     return '' if options.get('include') == 'false' else '\n\n'.join(x for x in (shown, *results) if x)
 
+# %% ../nbs/13_book.ipynb #d100c698
+class SourceOnce:
+    "For nbdev's processing: signatures that stand in the source below them are taken off."
+    def __init__(self, nb): self.nb = nb
+
+    def begin(self):
+        cells = self.nb.cells
+        for at in [i for i, c in enumerate(cells) if 'exports' in (getattr(c, 'directives_', None) or {})]:
+            names = re.findall(r'^(?:async def|def|class) (\w+)', cells[at].source, re.M)
+            def is_doc(i): return 0 <= i < len(cells) and getattr(cells[i], 'has_sd', False) and re.search(r'(\w+)\)$', cells[i].source)[1] in names
+            end = next(i for i in range(at + 1, len(cells) + 1) if not is_doc(i))   # the last name stands before its source, the others behind it, backwards
+            docs = [*cells[at-1:at], *cells[at+1:end]][::-1] if is_doc(at - 1) else []
+            for i, doc in enumerate(docs): self.head_only(doc, ruled=not i)
+            if docs: cells[at-1:end] = [*docs, cells[at]]
+
+    @staticmethod
+    def head_only(doc, ruled):
+        for output in doc.get('outputs', []):
+            text = ''.join(output['data']['text/markdown']).partition('\n```')[0]
+            output['data']['text/markdown'] = (text if ruled else text.removeprefix('---')).splitlines(True)
+
 # %% ../nbs/13_book.ipynb #3975c922
 class Page(NamedTuple):
     "A page ready for pandoc."
@@ -486,7 +507,7 @@ def sidebar(root=None) -> Path:
     write_file(path, yaml.safe_dump({'website': {'sidebar': {'contents': items}}}, sort_keys=False))
     return path
 
-# %% ../nbs/13_book.ipynb #af046385
+# %% ../nbs/13_book.ipynb #4c687d78
 _LAYOUT = '''
 :root { --ink: #23282e; --soft: #667079; --line: #e3e6ea; --blue: #2459a6; --back: #f7f8fa; }
 * { box-sizing: border-box; }
@@ -502,7 +523,7 @@ nav a { display: block; padding: .16rem .5rem; border-radius: 4px; color: #444c5
 nav.page a { color: var(--soft); overflow-wrap: anywhere; } nav.page a.h3 { padding-left: 1.3rem; font-size: .8rem; }
 main { padding: 1.6rem 2rem 4rem; min-width: 0; max-width: 56rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.4rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1.08rem; margin: 1.8rem 0 .4rem; } .summary { font-size: 1.08rem; color: var(--soft); margin: 0 0 1.8rem; }
+h3 { font-size: 1.08rem; margin: 1.8rem 0 .4rem; } h3 + p:has(> a[style^="float"]) { margin: 0; } h3 + p:has(> a[style^="float"]) + h3 { margin-top: .5rem; } .summary { font-size: 1.08rem; color: var(--soft); margin: 0 0 1.8rem; }
 footer { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .9rem; }
 @media (max-width: 68rem) { body { grid-template-columns: 12.5rem minmax(0, 1fr); } nav.page { display: none; } }
 @media (max-width: 46rem) { body { display: block; } nav.book { position: static; min-height: 0; max-height: none; border: 0; } main { padding: 1rem; } }
