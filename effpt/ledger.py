@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'GPU_PEAKS', 'Ledger', 'Charge', 'Flops', 'count_flops', 'flops_per_token', 'peak_flops', 'mfu', 'machine',
-           'storages', 'measure_activations', 'measure_bytes']
+           'storages', 'measure_activations', 'measure_gradients', 'measure_bytes']
 
 # %% ../nbs/05_ledger.ipynb #42e145fe
 import functools, math, os, platform, re, time, warnings
@@ -271,17 +271,19 @@ def _gpu_peak(name, dtype):
     tera = {torch.bfloat16: bf16, torch.float16: f16, torch.float32: f32}.get(dtype)
     return tera and tera * 1e12
 
-# %% ../nbs/05_ledger.ipynb #79571adf
+# %% ../nbs/05_ledger.ipynb #1891b469
 @functools.lru_cache(None)
 def _cpu_peak(dtype, threads, size=2048, within=1.):
-    "FLOP/s of the fastest of up to ten products of `size` x `size` matrices."
+    "FLOP/s of the fastest product of square matrices, in so many seconds: of 128 rows at first, and twice as many as long as time allows, up to `size`."
     a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in 'ab')
-    best, start = math.inf, time.perf_counter()
-    for _ in range(10):
-        t = time.perf_counter(); a @ b
-        best = min(best, time.perf_counter() - t)
-        if time.perf_counter() - start > within: break
-    return 2 * size ** 3 / best
+    rows, best, end = 128, 0., time.perf_counter() + within
+    while True:
+        x, y = (m[:rows, :rows].contiguous() for m in (a, b))
+        start = time.perf_counter(); x @ y
+        took = time.perf_counter() - start
+        best, left = max(best, 2 * rows ** 3 / took), end - time.perf_counter()
+        if rows < size and 8 * took < left: rows *= 2
+        elif took > left: return best
 
 # %% ../nbs/05_ledger.ipynb #f3c07e58
 def _device(device=None): return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -376,24 +378,41 @@ def measure_activations(
     del result
     return saved.peak
 
-# %% ../nbs/05_ledger.ipynb #121516cb
+# %% ../nbs/05_ledger.ipynb #c1be50a3
+def measure_gradients(
+    step,  # callable without arguments, with a backward pass
+    parameters,  # iterable of those that get gradients
+) -> int:  # bytes at the peak
+    "The most bytes of gradients that are held at one time while `step` runs, one that arrives included."
+    parameters, peak = [p for p in parameters if p.requires_grad], 0
+    def arrives(gradient, p):
+        nonlocal peak
+        peak = max(peak, sum(storages([*(q.grad for q in parameters), gradient if p.grad is None else None]).values()))
+    hooks = [p.register_hook(functools.partial(arrives, p=p)) for p in parameters]
+    try: step()
+    finally:
+        for hook in hooks: hook.remove()
+    return peak
+
+# %% ../nbs/05_ledger.ipynb #c766f7cf
 def measure_bytes(
     model: nn.Module,  # its parameters, buffers and gradients
     optimizers=(),  # an optimizer, or several, or a dict of them
-    step=None,  # forward pass to measure activations by; gradients and states are counted after it
+    step=None,  # forward and backward pass to measure activations and gradients by; states are counted after it
 ) -> dict:  # bytes: parameters, buffers, gradients, optimizer; activations with `step`; other on CUDA
     "Bytes by what they are for, each storage once."
     parameters = list(model.parameters())
-    cuda = next((p.device for p in parameters if p.device.type == 'cuda'), None)
+    cuda, peaks = next((p.device for p in parameters if p.device.type == 'cuda'), None), [0]
     if step is not None:
         if cuda: torch.cuda.reset_peak_memory_stats(cuda)
-        activations = measure_activations(step, [*parameters, *model.buffers()])
+        activations = measure_activations(lambda: peaks.append(measure_gradients(step, parameters)), [*parameters, *model.buffers()])
     kinds = dict(parameters=storages(parameters), buffers=storages(model.buffers()),
         gradients=storages(p.grad for p in parameters), optimizer=storages(_tensors(optimizers)))
     result, seen = {}, set()
     for kind, found in kinds.items():
         result[kind] = sum(n for k, n in found.items() if k not in seen)
         seen |= found.keys()
+    result['gradients'] = max(result['gradients'], *peaks)
     if step is not None: result['activations'] = activations
     if step is not None and cuda: result['other'] = max(0, torch.cuda.max_memory_allocated(cuda) - sum(result.values()))
     return result
