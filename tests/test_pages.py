@@ -104,6 +104,7 @@ def test_a_page_begins_with_what_it_is_about(page):
         only = bool(imports) and all(imports)
         assert 'exports' not in c.directives or not (only or c.assigns == {'card'}), c.text
         assert c.exported or c.directives & {'hide', 'code-fold'} or not (top and only or any(imports) and c.calls('figures')), c.text
+        assert any(imports) or 'code-fold' not in c.directives, c.text
 
 
 def page(*cells): return [Cell(dict(cell_type='code' if kind else 'markdown', source=[text])) for kind, text in cells]
