@@ -436,14 +436,14 @@ def verdict(
     chosen = [v for v in record.get('verdicts', ()) if v.get('arm') in arms] or record.get('verdicts', ())
     return _in_short(chosen) or 'measured, no verdict'
 
-# %% ../nbs/09_catalog.ipynb #71d027c8
+# %% ../nbs/09_catalog.ipynb #930c0500
 def _interval(d, digits='+.3f'):
     "A number with its interval."
     if not d or d.get('mean') is None: return ''
     mean, low, high = (d.get(k) for k in ('mean', 'low', 'high'))
     if low is None or high is None or low == high: return f'{mean:{digits}}'
     even = math.isclose(high - mean, mean - low, rel_tol=1e-6)
-    return f'{mean:{digits}} ± {high - mean:{digits[-3:]}}' if even else f'{mean:{digits}} ({low:{digits}} to {high:{digits}})'
+    return f'{mean:{digits}} ± {high - mean:{digits.lstrip("+")}}' if even else f'{mean:{digits}} ({low:{digits}} to {high:{digits}})'
 
 def _state_of(arm): return sum((arm.get('bytes') or {}).get(k) or 0 for k in ('parameters', 'gradients', 'optimizer'))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from effpt.book import page_name, pages
 from effpt.catalog import techniques
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def test_the_page_names_each_technique_in_a_test(page):
     assert called_somewhere == {n for n, t in TECHNIQUES.items() if t['page'] == page}
 
 
-BOOK = sorted(p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+BOOK = [page_name(path, ROOT) for path in pages(ROOT)]
 
 
 @pytest.mark.parametrize('page', BOOK)
