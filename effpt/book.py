@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'STYLE', 'PRELOAD', 'NOT_MEASURED', 'FROM', 'png', 'figure
            'contents', 'sidebar', 'site', 'preview', 'readme']
 
 # %% ../nbs/13_book.ipynb #7541bae9
-import faulthandler, functools, html, io, json, multiprocessing, os, re, shutil, signal, sys, tempfile, time, traceback
+import contextlib, faulthandler, functools, html, io, json, multiprocessing, os, re, shutil, signal, sys, tempfile, threading, time, traceback, types
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -96,6 +96,16 @@ def _server():
     server.set_forkserver_preload(PRELOAD)
     return server
 
+_starting = threading.Lock()
+
+@contextlib.contextmanager
+def _no_main():
+    "While a process is started: it is not told of the main module, which it would run once more."
+    with _starting:
+        main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
+        try: yield
+        finally: sys.modules['__main__'] = main
+
 # %% ../nbs/13_book.ipynb #16f9f695
 def _child(pipe, log, environment, work, arguments):
     "Run `work(say, *arguments)` in a process of its own: what it returns, or how it failed, goes through `pipe`."
@@ -143,7 +153,8 @@ def forked(
     with tempfile.NamedTemporaryFile(prefix='effpt-page-') as log:
         pipe, theirs = _server().Pipe(duplex=False)
         process = _server().Process(target=_child, args=(theirs, log.name, dict(os.environ) | environment, work, arguments))
-        process.start(); theirs.close()
+        with _no_main(): process.start()
+        theirs.close()
         try: how, value, at = _read(pipe, process, start + timeout)
         finally:
             try: os.killpg(process.pid, signal.SIGKILL)

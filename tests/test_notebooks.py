@@ -25,6 +25,13 @@ def test_there_are_pages():
     assert 'index' in PAGES and len(PAGES) > 3
 
 
+def test_a_script_may_fork_at_its_top_level(tmp_path):
+    "A comparison is often a few lines in a file, and these must not be run again in each of its processes."
+    (tmp_path/'script.py').write_text('from effpt.book import forked\nprint("once")\nend = forked(print, "twice")\nprint(end.how, end.value)\n')
+    ran = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split('\n') == ['once', 'done None', ''], ran.stderr
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='sessions of processes')
 def test_a_forked_process_ends_with_the_one_that_asked_for_it(tmp_path):
     "Else a run that was killed would go on unseen, and the next attempt would write to the same folder."
