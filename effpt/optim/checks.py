@@ -15,7 +15,7 @@ from torch import nn
 # %% ../../nbs/optim/checks.ipynb #a1e0b58f
 from ..basics import generator
 from ..checkpoint import load, load_optimizer_state, optimizer_state, save
-from ..ledger import measure_bytes
+from ..ledger import measure_bytes, measure_gradients
 from ..model import preset
 
 # %% ../../nbs/optim/checks.ipynb #d2bcafa7
@@ -101,11 +101,10 @@ def resumes(
 # %% ../../nbs/optim/checks.ipynb #ef804825
 def measured(
     make,  # model -> optimizer
+    model: nn.Module = None,  # as for `few_steps`; `nano` without it
 ) -> tuple:  # bytes of state, bytes of gradients at their most, and the parameters after it
-    "Three steps of `nano`, watched."
-    model, seen = preset('nano'), []
-    def look(_): seen.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
-    handles = [p.register_post_accumulate_grad_hook(look) for p in model.parameters()]
-    after = few_steps(model, optimizer := make(model))
-    for handle in handles: handle.remove()
-    return measure_bytes(model, optimizer)['optimizer'], max(seen), after
+    "Three steps of a model, watched."
+    model, after = model or preset('nano'), []
+    optimizer = make(model)
+    gradients = measure_gradients(lambda: after.extend(few_steps(model, optimizer)), model.parameters())
+    return measure_bytes(model, optimizer)['optimizer'], gradients, after
