@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'InputError', 'suggest', 'check_whole', 'check_share', 'number', 'seconds', 'nbytes', 'human', 'Table',
            'fingerprint', 'seed_for', 'rng', 'generator', 'sync_folder', 'full_disk_is_input_error', 'write_file',
-           'cache_folder', 'profile', 'by_profile', 'end_with_parent', 'track']
+           'cache_folder', 'profile', 'by_profile', 'at_a_time', 'end_with_parent', 'track']
 
 # %% ../nbs/00_basics.ipynb #925922c5
 import contextlib, difflib, errno, hashlib, json, math, multiprocessing, os, re, signal, tempfile, threading, warnings
@@ -235,6 +235,16 @@ def by_profile(
 ):  # one of the three
     "The value for the current profile."
     return dict(smoke=smoke, cpu=cpu, gpu=cpu if gpu is None else gpu)[profile()]
+
+# %% ../nbs/00_basics.ipynb #d706cbbb
+def at_a_time(
+    processes: int | None = None,  # what the caller wants
+) -> int:
+    "How many runs of a measurement go on at a time: what is wanted, else what `EFFPT_PROCESSES` says, else one."
+    name, found = ('processes', processes) if processes is not None else ('EFFPT_PROCESSES', os.environ.get('EFFPT_PROCESSES') or 1)
+    if isinstance(found, str) and found.isdecimal(): found = int(found)
+    check_whole(name, found)
+    return found
 
 # %% ../nbs/00_basics.ipynb #f777a420
 def end_with_parent():

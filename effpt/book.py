@@ -17,7 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urldefrag
 
 from . import catalog
-from .basics import InputError, end_with_parent, fingerprint, seconds as to_seconds, suggest, write_file
+from .basics import InputError, at_a_time, end_with_parent, fingerprint, seconds as to_seconds, suggest, write_file
 
 # %% ../nbs/13_book.ipynb #57b14dfb
 def png(
@@ -217,11 +217,12 @@ def run_page(
     write=False,      # write the outputs into the notebook, cleaned; nothing is written when a cell fails
     timeout=120,      # seconds
     draft=False,      # leave out the measurement
+    processes=None,   # runs of its measurement at a time, as `at_a_time` has it
 ) -> Ran:
     "Run one page in a process of its own against the installed package, with a time limit; a failure names the cell."
     path = Path(path).resolve()
     if not path.is_file(): raise InputError(f"There is no page '{path}': name a notebook under nbs/.")
-    end = forked(_execute, path, write, draft, timeout=timeout, EFFPT_PROFILE=profile)
+    end = forked(_execute, path, write, draft, timeout=timeout, EFFPT_PROFILE=profile, EFFPT_PROCESSES=str(at_a_time(processes)))
     why = {'time': f'ran over its limit of {timeout} s in', 'crashed': 'crashed in', 'failed': 'could not be run: at'}
     error = '' if end.how == 'done' and not end.value else \
         f'{path.name}: failed in the cell\n\n{end.value}' if end.how == 'done' else \
@@ -301,6 +302,7 @@ def refresh(
     limit='1h',      # time after which a page is given up
     dry=False,       # only say what would be done
     draft=False,     # leave out measurements, and pages that have been measured
+    processes=None,  # runs of a measurement at a time, as `at_a_time` has it
     root=None,       # the clone; found from the current folder where not given
 ) -> list:           # names of the pages that failed
     "Execute pages in place, so that outputs and records are of the present code; one that fails is reported, and the others go on."
@@ -312,15 +314,15 @@ def refresh(
     for i, (path, why) in enumerate(todo.items(), 1):
         expected = minutes_of(path, profile, root)
         print(f"[{i}/{len(todo)}] {page_name(path, root)} ({why}{f'; about {expected:.1f} min' if expected else ''})", end='\n' if dry else ' ... ', flush=True)
-        if not dry and (error := _refresh_one(path, profile, to_seconds(limit), root, draft)): failed[page_name(path, root)] = error
+        if not dry and (error := _refresh_one(path, profile, to_seconds(limit), root, draft, processes)): failed[page_name(path, root)] = error
     for name, error in failed.items(): print(f'\n{name} failed:\n{error}')
     return list(failed)
 
 # %% ../nbs/13_book.ipynb #faf67f40
-def _refresh_one(path, profile, limit, root, draft):
+def _refresh_one(path, profile, limit, root, draft, processes):
     "Execute one page and say how it went; what went wrong, or ''."
     before = catalog.records(root/'effpt')
-    ran = run_page(path, profile, write=True, timeout=limit, draft=draft)
+    ran = run_page(path, profile, write=True, timeout=limit, draft=draft, processes=processes)
     if not ran.error: mark(path, profile, ran.seconds / 60, root, draft)
     new = [r['page'] for r in catalog.records(root/'effpt') if r not in before]
     print(f"{'FAILED after' if ran.error else 'done in'} {ran.seconds / 60:.1f} min{', record written' if new else ''}", flush=True)

@@ -460,7 +460,8 @@ def parser() -> Parser:
     p.add_argument('pages', nargs='*', metavar='PAGE', help='pages or folders such as optim/galore or optim; all without one')
     add_options(p, {'options': dict(profile=(str, 'cpu or gpu (default cpu)'), force=(None, 'also pages whose outputs and record are up to date'),
                                     limit=(str, 'time after which a page is given up (default 1h)'), dry=(None, 'only say what would be done, and how long it would take'),
-                                    draft=(None, 'leave out measurements, and pages that have been measured'))})
+                                    draft=(None, 'leave out measurements, and pages that have been measured'),
+                                    processes=(whole, 'runs of a measurement at a time, with one thread each if several (default 1)'))})
     add_options(command(commands, 'preview', 'read the book in a browser, without a network', 'effpt preview --port 8000', show_preview),
                 {'options': dict(port=(whole, 'of the server on this machine (default: a free one)'))})
     return main

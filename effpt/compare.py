@@ -26,7 +26,7 @@ from scipy.interpolate import CubicHermiteSpline
 
 # %% ../nbs/08_compare.ipynb #696f6213
 from . import catalog, checkpoint
-from .basics import InputError, Table, cache_folder, fingerprint, human, profile, suggest, track, write_file
+from .basics import InputError, Table, at_a_time, cache_folder, fingerprint, human, profile, suggest, track, write_file
 from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
@@ -388,7 +388,7 @@ def settle(recipe: dict) -> dict:  # precision, compile
 class Bench:
     "Runs arms with one bar for all of them; an arm that crashed is not run again, the others go on."
     def __init__(self, texts, metric, sign, processes, quiet, total):
-        self.texts, self.metric, self.sign, self.processes, self.errors = texts, metric, sign, processes, {}
+        self.texts, self.metric, self.sign, self.processes, self.errors = texts, metric, sign, at_a_time(processes), {}
         self.bar = track(total=total, desc='runs', unit='run', quiet=quiet)
 
     def run(self, jobs: list) -> list:
@@ -439,7 +439,7 @@ def compare(
     metric: str = 'bpb',  # of the evaluation
     better: str = 'lower',  # or 'higher'
     timing: int = 3,  # rounds of ten steps of each arm, alternating, for the seconds; 0 leaves them as the runs had them
-    processes: int = 1,  # runs at a time; with several each has one thread
+    processes: int = None,  # runs at a time, as `at_a_time` has it; with several each has one thread
     quiet: bool = False,  # no progress
     **shared,  # arguments of `pretrain` that all arms have
 ):  # a `Comparison`
@@ -468,7 +468,7 @@ def sweep(
     budget='2M',  # of every run
     seeds=(TUNING_SEED,),
     metric: str = 'bpb',
-    processes: int = 1,  # runs at a time
+    processes: int = None,  # runs at a time, as `at_a_time` has it
     quiet: bool = False,  # no progress
     **shared,  # arguments of `pretrain` that all arms have
 ) -> dict:  # name -> the metric, seed by seed; infinite where a run diverged
@@ -524,7 +524,7 @@ def climb(
     budgets=('1M', '2M', '4M', '8M'),  # one rung each
     seeds=LADDER_SEEDS,
     metric: str = 'bpb',
-    processes: int = 1,  # runs at a time
+    processes: int = None,  # runs at a time, as `at_a_time` has it
     quiet: bool = False,
     **shared,  # arguments of `pretrain`
 ) -> Ladder:

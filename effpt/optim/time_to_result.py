@@ -21,6 +21,7 @@ card = {
 
 # %% ../../nbs/optim/time_to_result.ipynb #6bbf4b8c
 import itertools, math, statistics
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/optim/time_to_result.ipynb #400aebb6
-from ..basics import InputError, Table, cache_folder, fingerprint, generator, number, suggest, track
+from ..basics import InputError, Table, at_a_time, cache_folder, fingerprint, generator, number, suggest, track
 from ..book import COLOURS, forked
 from ..catalog import arguments, part_of, techniques
 from ..compare import FACTORS, TUNING_SEED, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
@@ -264,8 +265,9 @@ class Evaluations(Callback):
     def __init__(self, metric): self.metric, self.rows = metric, []
     def after_evaluate(self, run, results): self.rows.append([run.step, results[self.metric]])
 
-def run_trials(say, workload: Workload, recipes: list, seeds: list, budget) -> dict:  # in a process of its own
+def run_trials(say, workload: Workload, recipes: list, seeds: list, budget, threads=None) -> dict:  # in a process of its own
     "Every recipe on every seed."
+    if threads: torch.set_num_threads(threads)
     return dict(trials=[run_trial(workload, recipe, seed, budget) | dict(seed=seed, factor=factor) for seed, (factor, recipe) in itertools.product(seeds, recipes)], machine=machine())
 
 def run_trial(workload: Workload, recipe: dict, seed: int, budget) -> dict:
@@ -282,10 +284,11 @@ def trials(
     recipe: dict,  # of a submission
     factors=FACTORS,  # of its learning rate
     seeds=(0, 1, 2),  # a study each
+    threads: int = None,  # of the process; as many as torch takes without it
 ) -> dict:  # trials, machine; or error
     "The trials of a submission on a workload; what has been run before is read."
     budget, recipes = int(number(workload.budget)), at_rates(recipe, factors)
-    return once(folder_of(workload, recipes, seeds, budget), run_trials, workload, recipes, list(seeds), budget)
+    return once(folder_of(workload, recipes, seeds, budget), run_trials, workload, recipes, list(seeds), budget, threads)
 
 def at_rates(recipe: dict, factors) -> list:  # (factor, recipe)
     "A submission at several rates, as another process can build it."
@@ -330,17 +333,21 @@ def race(
     seeds=(0, 1, 2),  # a study each
     factors=FACTORS,  # of the learning rate: a trial each
     timing: int = 3,  # rounds of ten steps for the seconds
+    processes: int = None,  # submissions at a time, as `at_a_time` has it; with several each has one thread
     quiet: bool = False,
 ):  # a `Race`
     "Let submissions run for the targets of workloads, with the same tuning for all."
     for name, recipe in submissions.items(): check_submission(recipe, name)
     bar = track(total=len(workloads) * len(submissions), desc='race', unit='submission', quiet=quiet)
-    data = {}
+    data, processes = {}, at_a_time(processes)
+    def run(task, recipe):
+        found = trials(task, recipe, factors, seeds, 1 if processes > 1 else None)
+        bar.update(1)
+        return found
     for w, task in workloads.items():
-        data[w] = dict(target=target_of(task), metric=task.metric, budget=task.budget, varies=task.varies, runs={})
-        for s, recipe in submissions.items():
-            data[w]['runs'][s] = trials(task, recipe, factors, seeds)
-            bar.update(1)
+        target = target_of(task)
+        with ThreadPoolExecutor(processes) as pool: runs = dict(zip(submissions, pool.map(partial(run, task), submissions.values())))
+        data[w] = dict(target=target, metric=task.metric, budget=task.budget, varies=task.varies, runs=runs)
         going = {s: recipe for s, recipe in submissions.items() if 'error' not in data[w]['runs'][s]}
         ended = forked(time_trials, task, {s: describe(r)[0] for s, r in going.items()}, timing, timeout=1e6) if timing else None
         data[w]['steps'] = ended.value if ended and ended.how == 'done' else {}
