@@ -94,7 +94,7 @@ SCALING = 'channel', 'tensor'
 
 def apollo(
     model: torch.nn.Module,  # whose parameters
-    lr: float = 1e-2,  # $\eta$, at the schedule's factor 1
+    lr: float = 4e-2,  # $\eta$, at the schedule's factor 1
     rank: int = 128,  # $r$, dimensions of the subspace
     update_gap: int = 200,  # $T$, steps from one subspace to the next
     scale: float = 1.0,  # $\alpha$, on the updates of projected matrices
@@ -127,7 +127,7 @@ def check_scaling(scaling, limit):
 # %% ../../nbs/optim/apollo.ipynb #58e6421f
 def apollo_mini(
     model: torch.nn.Module,  # whose parameters
-    lr: float = 1e-2,  # $\eta$, at the schedule's factor 1
+    lr: float = 2e-2,  # $\eta$, at the schedule's factor 1
     update_gap: int = 200,  # $T$, steps from one direction to the next
     scale: float = 128 ** .5,  # $\alpha$, on the updates of projected matrices
     limit: float = 1.01,  # $\gamma$, most growth of an update's norm in a step; inf for any
