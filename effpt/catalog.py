@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'SLOTS', 'KINDS', 'COSTS', 'TOUCHES', 'NEEDED', 'CARD', 'TEC
            'find_page', 'check_card', 'card', 'techniques', 'known_techniques', 'Arguments', 'arguments', 'papers',
            'golden_fingerprint', 'code_fingerprint', 'write_record', 'records', 'record', 'is_stale', 'used_by',
            'arms_of', 'verdict', 'numbers', 'Shown', 'when_measured', 'show_card', 'part_rows', 'part_points',
-           'part_figure', 'part_table', 'catalogue_rows', 'Catalogue', 'catalogue']
+           'part_figure', 'part_table', 'evidence', 'catalogue_rows', 'Catalogue', 'catalogue']
 
 # %% ../nbs/09_catalog.ipynb #9e2ad78c
 import ast, copy, functools, html, importlib.util, json, math, re, time
@@ -588,6 +588,22 @@ def part_table(
     missing = [p for p in papers(root) if p['part'] == part and not p['built']]
     if missing: text += '\n\nIn the catalogue and not built yet: ' + '; '.join(p['title'] + (f" ({p['year']})" if p['year'] else '') for p in missing) + '.'
     return Shown(text)
+
+# %% ../nbs/09_catalog.ipynb #e4663332
+def evidence(
+    root=None,  # folder of the package, if not this one
+) -> Shown:
+    "What was found in all parts: a line for each arm that a claim is about, those that pay first."
+    rows = []
+    for source, _ in _cards(root):
+        r = record(source.page, root=root) or {}
+        stale = ' (stale)' if r and is_stale(source.page, r, root) else ''
+        for arm in dict.fromkeys(v.get('arm') for v in r.get('verdicts', ())):
+            if arm not in r['arms']: continue
+            own = [v for v in r['verdicts'] if v['arm'] == arm]
+            rows.append((all(v['card'] != 'pays' for v in own), {'technique': f'[{arm}]({source.page}.ipynb)', 'verdict': _in_short(own) + stale, **numbers(r, arm)}))
+    heads = [h for h in ('technique', 'verdict', 'difference', 'state', '× tokens', '× flops', '× seconds') if any(h in row for _, row in rows)]
+    return Shown(_table([[row.get(h, '') for h in heads] for _, row in sorted(rows, key=lambda row: row[0])], heads) if rows else 'Nothing has been measured yet.')
 
 # %% ../nbs/09_catalog.ipynb #fc2dae45
 COLUMNS = dict(state=8.5, publication=24, slot=8.5, saves=12, costs=12, verdict=9.5, year=5.5, part=9.5, page=10.5)  # name -> width in %
