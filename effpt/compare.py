@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'Interval', 'residual_variance', 'wildness',
            't_quantile', 'surely_wild', 'differences', 'Ladder', 'rejected_rungs', 'hermite', 'Multiplier', 'statistic',
-           'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'named', 'text_key', 'full', 'code_of',
-           'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
+           'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'as_recipe', 'named', 'text_key', 'full',
+           'code_of', 'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
            'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
            'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'or_why_not',
            'smooth_curve', 'Claim', 'Verdict', 'ratio', 'minus', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
@@ -230,9 +230,17 @@ def arm(
         if key in own: raise InputError(f"the arm '{name}' names its own {key}: compare gives it to all arms alike.")
     if Budget.of(own.get('budget', shared['budget'])) != Budget.of(shared['budget']):
         raise InputError(f"the arm '{name}' has the budget {Budget.of(own['budget'])}, the comparison {Budget.of(shared['budget'])}: arms are compared under one budget.")
-    recipe, missing = describe({**shared, **named(own)})
-    if missing: raise InputError(f"the arm '{name}' has its own {', '.join(missing)}, which another process cannot import: put it into a module (on a technique's page: import it from effpt).")
+    recipe = as_recipe({**shared, **own}, name)
     return recipe if rate_of(recipe) is None else with_rate(recipe, rate_of(recipe))
+
+def as_recipe(
+    own: dict,  # arguments of `pretrain`, or a recipe, or of both
+    name: str = '',  # for messages
+) -> dict:
+    "A recipe that another process can build; raises `InputError` for functions that it cannot import."
+    recipe, missing = describe(named(own))
+    if missing: raise InputError(f"the arm '{name}' has its own {', '.join(missing)}, which another process cannot import: put it into a module (on a technique's page: import it from effpt).")
+    return recipe
 
 def named(own: dict) -> dict:
     "Specs as functions; functions as they are."

@@ -98,3 +98,22 @@ def test_notebooks_keep_to_the_house_rules():
         long = [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and len(''.join(c['source']).splitlines()) > 40]
         bad += [f'{path.name}: a cell of over 40 lines, which starts with {" ".join(source.split()[:8])}' for source in long]
     if bad: pytest.fail('\n'.join(bad), pytrace=False)
+
+
+def test_the_tested_set_names_all_that_is_installed():
+    "What the constraints leave out comes in any version, and a tested set that is not whole is none."
+    from importlib.metadata import PackageNotFoundError, requires
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    pinned = {canonicalize_name(line.partition('==')[0]) for line in (ROOT/'constraints.txt').read_text().splitlines() if '==' in line}
+    seen, todo = set(), [('effpt', frozenset({'dev'}))]
+    while todo:
+        name, extras = item = todo.pop()
+        if item in seen: continue
+        seen.add(item)
+        try: needed = [Requirement(r) for r in requires(name) or ()]
+        except PackageNotFoundError: continue   # of another platform, or of an extra nobody asked for
+        for r in needed:
+            if r.marker is None or any(r.marker.evaluate({'extra': e}) for e in extras | {''}): todo.append((canonicalize_name(r.name), frozenset(r.extras)))
+    missing = {name for name, _ in seen} - pinned - {'effpt'}
+    assert not missing, f'constraints.txt has no version of {", ".join(sorted(missing))}'

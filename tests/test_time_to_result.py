@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from effpt.basics import InputError
-from effpt.catalog import part_of, techniques
+from effpt.catalog import part_of, techniques, used_by
 from effpt.optim import time_to_result as t
 
 ROWS = partial(t.images, width=16, layers=1, batch=32)
@@ -65,6 +65,15 @@ def test_a_submission_may_not_change_the_task(recipe, word):
 def test_every_optimizer_of_the_part_takes_part():
     named = str(t.submissions())
     assert all(f"'{n}'" in named for n, tech in techniques('optimizer').items() if part_of(tech['page']) == 'optim')
+
+
+@pytest.mark.parametrize('name', t.submissions())
+def test_a_trial_is_of_its_submission(name):
+    "Nothing is lost on the way to another process, but for the rate, which is the trial's."
+    given = t.submissions()[name]
+    (_, own), = t.at_rates(given, (2.,))
+    assert used_by(own) == used_by(given) and t.rate_of(own) == 2 * t.rate_of(given)
+    for key in given.keys() - {'optimizer'}: assert own[key] == given[key]
 
 
 @pytest.mark.parametrize('tasks', ['cpu', 'gpu'])

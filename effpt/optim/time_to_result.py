@@ -33,12 +33,12 @@ from torch import nn
 from ..basics import InputError, Table, at_a_time, cache_folder, fingerprint, generator, number, suggest, track
 from ..book import COLOURS, forked
 from ..catalog import arguments, part_of, techniques
-from ..compare import FACTORS, TUNING_SEED, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
+from ..compare import FACTORS, TUNING_SEED, as_recipe, code_key, code_of, costs_of, full, once, rate_of, steps_in_turn, with_rate
 from ..ledger import count_flops, machine
 from ..loss import held_out, held_out_rows, plain_loss, summed_loss
 from ..model import Block, preset
 from ..monitor import Callback
-from ..recipe import defaults, describe, pick_sizes, plan_run, text_of, trainer_options
+from ..recipe import defaults, pick_sizes, plan_run, text_of, trainer_options
 from ..train import Diverged, Trainer
 
 # %% ../../nbs/optim/time_to_result.ipynb #cf31941b
@@ -236,13 +236,13 @@ def workloads(
 ) -> dict:  # name -> `Workload`
     "The tasks of a profile."
     if profile != 'gpu':
-        small, text, rows = dict(SMALL, **task), *(('256k', 20_000) if profile == 'cpu' else (2048, 256))
+        small, text, rows = dict(SMALL, **task), *(('256k', 12_000) if profile == 'cpu' else (2048, 256))
         return dict(text=Workload(partial(language, **small), text, 'bpb'), images=Workload(images, rows))
     big = dict(precision='bf16', eval_tokens='50k') | task
     text = partial(language, **big)
     return {'text': Workload(text, '2M', 'bpb'), 'text, code': Workload(partial(text, data='python/code'), '2M', 'bpb', 'text'),
             'text, wide': Workload(partial(text, shape=dict(width=192, hidden=576)), '2M', 'bpb', 'text'), 'text, batch 64': Workload(partial(text, batch=64), '4M', 'bpb', 'text'),
-            'encoder': Workload(partial(encoder, **big), '4M'), 'images': Workload(partial(images, width=64, layers=4), 60_000)}
+            'encoder': Workload(partial(encoder, **big), '4M'), 'images': Workload(partial(images, width=64, layers=4), 12_000)}
 
 # %% ../../nbs/optim/time_to_result.ipynb #2485c7c9
 def submissions(
@@ -293,7 +293,7 @@ def trials(
 def at_rates(recipe: dict, factors) -> list:  # (factor, recipe)
     "A submission at several rates, as another process can build it."
     check_submission(recipe)
-    own = describe(recipe)[0]
+    own = as_recipe(recipe)
     return [(f, with_rate(own, rate_of(own) * f)) for f in factors]
 
 def folder_of(workload: Workload, recipes: list, seeds, budget):
@@ -349,7 +349,7 @@ def race(
         with ThreadPoolExecutor(processes) as pool: runs = dict(zip(submissions, pool.map(partial(run, task), submissions.values())))
         data[w] = dict(target=target, metric=task.metric, budget=task.budget, varies=task.varies, runs=runs)
         going = {s: recipe for s, recipe in submissions.items() if 'error' not in data[w]['runs'][s]}
-        ended = forked(time_trials, task, {s: describe(r)[0] for s, r in going.items()}, timing, timeout=1e6) if timing else None
+        ended = forked(time_trials, task, {s: as_recipe(r, s) for s, r in going.items()}, timing, timeout=1e6) if timing else None
         data[w]['steps'] = ended.value if ended and ended.how == 'done' else {}
     bar.close()
     return Race(data, submissions)
