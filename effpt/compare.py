@@ -597,6 +597,14 @@ def table(self: Comparison) -> Table:
         rows.append(row)
     return Table(rows, ['arm', self.metric, 'difference', '× tokens', 'lr', 'FLOPs', 'seconds', 'state'])
 
+# %% ../nbs/08_compare.ipynb #aaf44330
+@patch
+def search(self: Comparison) -> Table:
+    "What the search for each arm's learning rate saw, on its own seed."
+    def shown(loss): return 'diverged' if math.isinf(loss) else f'{self.sign * loss:.3f}'
+    found = {name: {f'{lr:.3g}': shown(loss) for lr, loss in a['tried'].items()} for name, a in self.arms.items()}
+    return Table([dict(rates, arm=name) for name, rates in found.items()], ['arm', *sorted({lr for rates in found.values() for lr in rates}, key=float)])
+
 # %% ../nbs/08_compare.ipynb #684d8227
 def smooth_curve(
     history: list,  # rows of tokens, FLOPs, seconds, loss
