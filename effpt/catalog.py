@@ -558,17 +558,29 @@ def part_figure(
     if not points: return Shown('Nothing of this part has been measured yet.')
     import matplotlib.pyplot as plt
     scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, 'bytes')
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    (figure, axis), labels = plt.subplots(figsize=(8, 4.5)), []
     for page in dict.fromkeys(p['page'] for p in points):
         own = [p for p in points if p['page'] == page and not p['baseline']]
         x, y = [p['cost'] / scale for p in own], [p['difference'] for p in own]
         axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='o', capsize=2, label=page.partition('/')[2])
-        for p, a, b in zip(own, x, y): axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7)
+        labels += [axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7) for p, a, b in zip(own, x, y)]
     axis.axhline(0, color='#444444', lw=.8)
     axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel='loss minus that of the baseline')
     axis.margins(x=.15)
     axis.legend()
+    _apart(figure, labels)
     return figure
+
+def _apart(figure, labels):
+    "Move labels down until none lies on another, the highest first."
+    figure.canvas.draw()
+    taken = []
+    for label in sorted(labels, key=lambda l: -l.xy[1]):
+        before = box = label.get_window_extent()
+        for other in sorted(taken, key=lambda b: -b.y1):
+            if box.overlaps(other): box = box.translated(0, other.y0 - box.y1)
+        label.xyann = label.xyann[0], label.xyann[1] + (box.y0 - before.y0) * 72 / figure.dpi
+        taken.append(box)
 
 # %% ../nbs/09_catalog.ipynb #dc0b1bb4
 def part_table(
