@@ -9,8 +9,8 @@ __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'I
            'code_of', 'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
            'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
            'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'or_why_not',
-           'smooth_curve', 'Claim', 'Verdict', 'ratio', 'minus', 'saving', 'judge_cost', 'judge_bytes', 'interval_of',
-           'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
+           'smooth_curve', 'Claim', 'Verdict', 'judged', 'ratio', 'minus', 'saving', 'judge_cost', 'judge_bytes',
+           'outcome', 'check_line', 'interval_of', 'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
 
 # %% ../nbs/08_compare.ipynb #01b09af9
 import contextlib, functools, inspect, itertools, json, math, os, shutil, sys, time
@@ -668,7 +668,7 @@ class Claim(NamedTuple):
     arm: str  # it is about
     cost: str = 'tokens'  # that it saves: tokens, flops, seconds or bytes
     paper: dict = {}  # the paper's numbers, by name
-    checks: dict = {}  # name -> function of the comparison, giving our number and whether the claim holds in it
+    checks: dict = {}  # name -> function of the comparison: our number, whether the claim holds (None: chance decides), and the number's `Interval` if it has one
     against: tuple = ()  # for bytes: the plain alternatives
     scale: float = math.inf  # parameters of the paper's smallest model
 
@@ -678,7 +678,7 @@ class Verdict(NamedTuple):
     arm: str
     cost: str
     card: str  # pays, did not pay, undecided
-    claim: str  # reproduced, partly, contradicted, not at this scale
+    claim: str  # reproduced, partly, undecided, contradicted, not at this scale, not tested
     why: dict  # the numbers it follows from
 
     def _repr_markdown_(self):
@@ -686,28 +686,30 @@ class Verdict(NamedTuple):
         return '\n'.join(lines + [f'- {k}: {v}' for k, v in self.why.items()])
 
 # %% ../nbs/08_compare.ipynb #1c1aca92
+def judged(found: Interval, most: float) -> tuple:  # our number, whether the claim holds, the interval
+    "A number with an interval against a limit; None where the limit lies inside."
+    return found.mean, True if found.high <= most else False if found.low > most else None, found
+
 def ratio(
     arm: str,
     base: str,  # another one
     most: float,  # up to which the claim holds
     metric: str = 'perplexity',  # of the evaluation
-):  # a check: comparison -> (our number, whether the claim holds)
-    "A check of the mean result of an arm over that of another."
+):  # a check: comparison -> (our number, whether the claim holds, its interval)
+    "A check of the result of an arm over that of another, the geometric mean over seeds."
     def check(c):
-        a, b = (np.mean([r['results'][metric] for r in c.arms[name]['runs']]) for name in (arm, base))
-        return float(a / b), bool(a / b <= most)
+        logs = [[math.log(r['results'][metric]) for r in c.arms[name]['runs']] for name in c.names]
+        d = differences(logs, c.names.index(base))[c.names.index(arm)]
+        return judged(Interval(*map(math.exp, d[:3]), *d[3:]), most)
     return check
 
 def minus(
     arm: str,
     base: str,  # another one
     most: float = 0.,  # up to which the claim holds
-):  # a check: comparison -> (our number, whether the claim holds)
+):  # a check: comparison -> (our number, whether the claim holds, its interval)
     "A check of the mean of an arm minus that of another, in what the comparison measures."
-    def check(c):
-        d = c.difference(arm, base).mean
-        return d, d <= most
-    return check
+    return lambda c: judged(c.difference(arm, base), most)
 
 def saving(
     arm: str,
@@ -743,6 +745,19 @@ def judge_bytes(comparison: Comparison, claim: Claim) -> tuple:  # verdict, why
     return 'pays' if high < .01 * abs(np.mean(comparison.values[rival])) else 'undecided' if low <= 0 else 'did not pay', why
 
 # %% ../nbs/08_compare.ipynb #bbd1013e
+def outcome(
+    held: list,  # of every check: True, False, or None where chance decides
+    missed: str,  # what it is called when nothing holds
+) -> str:
+    "What came of a claim with these checks."
+    if not held: return 'not tested'
+    if False in held: return 'partly' if True in held else missed
+    return 'undecided' if None in held else 'reproduced'
+
+def check_line(ours: float, holds, interval: Interval | None = None) -> str:
+    "Our number in a check, and what it says."
+    return (str(interval) if interval else f'{ours:.4g}') + {True: '', False: ' (does not hold)', None: ' (chance may decide)'}[holds]
+
 @patch
 def verdict(self: Comparison, claim: Claim) -> Verdict:
     "Judge a claim by this comparison; raises `InputError` where it cannot be judged."
@@ -751,12 +766,11 @@ def verdict(self: Comparison, claim: Claim) -> Verdict:
     if claim.cost not in catalog.COSTS: raise InputError(f"the claim is about the cost '{claim.cost}'{suggest(claim.cost, catalog.COSTS)}")
     card, why = (judge_bytes if claim.cost == 'bytes' else judge_cost)(self, claim)
     found = {name: check(self) for name, check in claim.checks.items()}
-    held = [bool(ok) for _, ok in found.values()]
+    found = {name: (ours, None if holds is None else bool(holds), *interval) for name, (ours, holds, *interval) in found.items()}
     largest = max(r['parameters'] for n in self.names for r in self.arms[n]['runs'])
     missed = 'not at this scale' if claim.scale >= 10 * largest else 'contradicted'
-    kept = 'reproduced' if held and all(held) else 'partly' if any(held) else missed if held else 'not tested'
-    why = why | {f'{k} (paper)': v for k, v in claim.paper.items()} | {f'{k}: ours': f'{ours:.4g}{"" if ok else " (does not hold)"}' for k, (ours, ok) in found.items()}
-    return Verdict(claim.says, claim.arm, claim.cost, card, kept, why)
+    why = why | {f'{k} (paper)': v for k, v in claim.paper.items()} | {f'{k}: ours': check_line(*f) for k, f in found.items()}
+    return Verdict(claim.says, claim.arm, claim.cost, card, outcome([holds for _, holds, *_ in found.values()], missed), why)
 
 # %% ../nbs/08_compare.ipynb #f6cf7bf1
 def interval_of(i) -> dict: return dict(mean=i.mean, low=i.low, high=i.high)
