@@ -416,7 +416,8 @@ def used_by(recipe) -> set:
     return set().union(*(used_by(recipe[k]) for k in (*SLOTS, 'stage', 'stages') if k in recipe))
 
 def arms_of(record: dict, names) -> list:
-    "The arms of a record that use one of these techniques."
+    "The arms of a record that use one of these techniques; where a page has none, those that its verdicts are about."
+    if not names: return [a for a in dict.fromkeys(v.get('arm') for v in record.get('verdicts', ())) if a in record.get('arms', {})]
     return [a for a, arm in record.get('arms', {}).items() if used_by(arm.get('recipe')) & set(names)]
 
 # %% ../nbs/09_catalog.ipynb #19c3a3c6
@@ -456,6 +457,7 @@ def numbers(
     a, base = record['arms'][arm], record['arms'].get(record.get('baseline'), {})
     if a.get('error'): return {'loss': 'failed'}
     shown = {'loss': f"{a['mean']:.3f}" if a.get('mean') is not None else '', 'difference': '' if a is base else _interval(a.get('difference'))}
+    if record.get('metric') == 'loss': shown = {k: v and f'{v} nats' for k, v in shown.items()}   # else bits per byte
     if size := _state_of(a): shown['state'] = human(size, 'B') + (f' ({size/_state_of(base):.0%})' if a is not base and _state_of(base) else '')
     if a.get('seconds'): shown['seconds'] = human(a['seconds']) + (f" ({a['seconds']/base['seconds']:.0%})" if a is not base and base.get('seconds') else '')
     for cost, m in (a.get('multiplier') or {}).items():
@@ -559,10 +561,10 @@ def part_figure(
     import matplotlib.pyplot as plt
     scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, 'bytes')
     (figure, axis), labels = plt.subplots(figsize=(8, 4.5)), []
-    for page in dict.fromkeys(p['page'] for p in points):
+    for i, page in enumerate(dict.fromkeys(p['page'] for p in points)):
         own = [p for p in points if p['page'] == page and not p['baseline']]
         x, y = [p['cost'] / scale for p in own], [p['difference'] for p in own]
-        axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='o', capsize=2, label=page.partition('/')[2])
+        axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='os^D'[i // len(plt.rcParams['axes.prop_cycle']) % 4], capsize=2, label=page.partition('/')[2])
         labels += [axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7) for p, a, b in zip(own, x, y)]
     axis.axhline(0, color='#444444', lw=.8)
     axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel='loss minus that of the baseline')
