@@ -505,9 +505,13 @@ class Comparison:
         rows = list(self.values.values())
         self.differences = dict(zip(self.names, differences(rows, self.names.index(self.baseline))))
 
-    def difference(self, a: str, b: str) -> Interval:
-        "Loss of one arm minus that of another."
-        return differences(list(self.values.values()), self.names.index(b))[self.names.index(a)]
+    def difference(self,
+        a: str,  # an arm
+        b: str,  # another one
+        values: dict | None = None,  # name -> a number for each seed; what the comparison measures without it
+    ) -> Interval:
+        "Loss of one arm minus that of another, or some other number of theirs."
+        return differences(list((values or self.values).values()), self.names.index(b))[self.names.index(a)]
 
     def cost(self, kind: str, name: str) -> float:
         "Tokens, FLOPs or seconds of a run of this arm, the mean over seeds; or its bytes."
@@ -698,8 +702,7 @@ def ratio(
 ):  # a check: comparison -> (our number, whether the claim holds, its interval)
     "A check of the result of an arm over that of another, the geometric mean over seeds."
     def check(c):
-        logs = [[math.log(r['results'][metric]) for r in c.arms[name]['runs']] for name in c.names]
-        d = differences(logs, c.names.index(base))[c.names.index(arm)]
+        d = c.difference(arm, base, {name: [math.log(r['results'][metric]) for r in c.arms[name]['runs']] for name in c.names})
         return judged(Interval(*map(math.exp, d[:3]), *d[3:]), most)
     return check
 
@@ -766,7 +769,6 @@ def verdict(self: Comparison, claim: Claim) -> Verdict:
     if claim.cost not in catalog.COSTS: raise InputError(f"the claim is about the cost '{claim.cost}'{suggest(claim.cost, catalog.COSTS)}")
     card, why = (judge_bytes if claim.cost == 'bytes' else judge_cost)(self, claim)
     found = {name: check(self) for name, check in claim.checks.items()}
-    found = {name: (ours, None if holds is None else bool(holds), *interval) for name, (ours, holds, *interval) in found.items()}
     largest = max(r['parameters'] for n in self.names for r in self.arms[n]['runs'])
     missed = 'not at this scale' if claim.scale >= 10 * largest else 'contradicted'
     why = why | {f'{k} (paper)': v for k, v in claim.paper.items()} | {f'{k}: ours': check_line(*f) for k, f in found.items()}
