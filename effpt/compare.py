@@ -6,11 +6,12 @@
 __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'Interval', 'residual_variance', 'wildness',
            't_quantile', 'surely_wild', 'differences', 'Ladder', 'rejected_rungs', 'hermite', 'Multiplier', 'statistic',
            'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'as_recipe', 'named', 'text_key', 'full',
-           'code_of', 'code_key', 'run_key', 'run_arm', 'smoothed', 'once', 'made', 'check_comparable', 'time_in_turn',
-           'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle', 'Bench', 'tune_arms', 'check_plan',
-           'compare', 'sweep', 'Comparison', 'last_line', 'ladder_key', 'climb', 'ladder_for', 'or_why_not',
-           'smooth_curve', 'Claim', 'Verdict', 'judged', 'ratio', 'minus', 'saving', 'judge_cost', 'judge_bytes',
-           'outcome', 'check_line', 'interval_of', 'arm_record', 'AverageWeights', 'average_weights', 'flat', 'diff']
+           'code_of', 'code_key', 'run_key', 'in_stage', 'bytes_before', 'run_arm', 'smoothed', 'once', 'made',
+           'check_comparable', 'time_in_turn', 'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle',
+           'Bench', 'tune_arms', 'check_plan', 'compare', 'ruler', 'sweep', 'Comparison', 'last_line', 'ladder_key',
+           'climb', 'ladder_for', 'or_why_not', 'smooth_curve', 'Claim', 'Verdict', 'judged', 'ratio', 'minus',
+           'saving', 'judge_cost', 'judge_bytes', 'outcome', 'check_line', 'interval_of', 'arm_record',
+           'AverageWeights', 'average_weights', 'flat', 'diff']
 
 # %% ../nbs/08_compare.ipynb #01b09af9
 import contextlib, functools, inspect, itertools, json, math, os, shutil, sys, time
@@ -26,12 +27,12 @@ from scipy.interpolate import CubicHermiteSpline
 
 # %% ../nbs/08_compare.ipynb #696f6213
 from . import catalog, checkpoint
-from .basics import InputError, Table, at_a_time, cache_folder, fingerprint, human, profile, suggest, track, write_file
+from .basics import InputError, Table, at_a_time, by_profile, cache_folder, fingerprint, human, profile, suggest, track, write_file
 from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
 from .monitor import Callback, read_metrics
-from .recipe import build, bytes_of_a_step, defaults, describe, entries, find, is_reference, pick_sizes, plan_run, pretrain, read_recipe, read_run, text_of, SLOTS
+from .recipe import build, bytes_of_a_step, defaults, describe, entries, find, is_reference, pick_sizes, plan_run, pretrain, read_recipe, read_run, text_of, tiny, SLOTS
 from .train import Budget, Diverged
 
 # %% ../nbs/08_compare.ipynb #374d8f83
@@ -277,6 +278,22 @@ def run_key(recipe: dict, seed: int, text: dict) -> str:
     "What a finished run is kept under."
     return fingerprint(recipe, seed, text, code_key(recipe))
 
+# %% ../nbs/08_compare.ipynb #ef215d5d
+def in_stage(trainer, stage: int):  # a run
+    "A new run that has come to a stage."
+    run = trainer.begin(False)
+    for i in range(1, stage + 1): run.enter(i)
+    run.measure_step()
+    return run
+
+def bytes_before(arguments: dict, stage: int) -> list:
+    "Bytes that a step of each earlier stage keeps, by kind."
+    trainer, found = plan_run(arguments | dict(out=None))[0], []
+    for i in range(stage):
+        trainer.advance(run := in_stage(trainer, i))
+        found.append(bytes_of_a_step(run))
+    return found
+
 # %% ../nbs/08_compare.ipynb #6b66c7f1
 def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> dict:  # in a process of its own
     "Train one arm on one seed and say what came out."
@@ -286,7 +303,7 @@ def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> d
     trainer, _ = plan_run(a, resume=again)
     try: run = trainer.fit(resume=again)
     except Diverged as e: return dict(diverged=str(e))
-    run.ledger.bytes = bytes_of_a_step(run)
+    run.ledger.bytes = max([bytes_of_a_step(run), *bytes_before(a, len(trainer.stages) - 1)], key=lambda b: sum(b.values()))
     history = [row for row in read_metrics(folder) if 'evaluate' not in row]   # run.history begins where the run was resumed
     kept = history[::max(1, len(history) // 400)] + history[-1:]
     return dict(results=run.results, steps=run.step, tokens=run.tokens, ledger=run.ledger.state_dict(), resolved=run.resolved, machine=machine(),
@@ -347,17 +364,18 @@ def steps_in_turn(
     rounds: int,  # how often each has its turn
     steps: int,  # in a turn
 ) -> dict:  # name -> seconds
-    "The median over turns of the seconds of a step."
-    runs, took = {name: trainer.begin(False) for name, trainer in trainers.items()}, {name: [] for name in trainers}
-    for name, trainer in trainers.items():
-        trainer.tell(runs[name], 'before_fit')
-        for _ in range(3): trainer.advance(runs[name])
+    "The median over turns of the seconds of a step, of all stages by their shares."
+    runs = {(name, i): in_stage(trainer, i) for name, trainer in trainers.items() for i in range(len(trainer.stages))}
+    took = {key: [] for key in runs}
+    for (name, _), run in runs.items():
+        trainers[name].tell(run, 'before_fit')
+        for _ in range(3): trainers[name].advance(run)
     for _ in range(rounds):
-        for name, trainer in trainers.items():
-            before = own_seconds(runs[name].ledger.state_dict())
-            for _ in range(steps): trainer.advance(runs[name])
-            took[name].append((own_seconds(runs[name].ledger.state_dict()) - before) / steps)
-    return {name: float(np.median(t)) for name, t in took.items()}
+        for key, run in runs.items():
+            before = own_seconds(run.ledger.state_dict())
+            for _ in range(steps): trainers[key[0]].advance(run)
+            took[key].append((own_seconds(run.ledger.state_dict()) - before) / steps)
+    return {name: float(sum(s['share'] * np.median(took[name, i]) for i, s in enumerate(trainer.stages))) for name, trainer in trainers.items()}
 
 def own_seconds(ledger: dict) -> float: return ledger['accounts'].get('train', {}).get('seconds', 0.)
 
@@ -470,6 +488,15 @@ def compare(
                                  for name, recipe in recipes.items()}, seeds=seeds, budget=str(Budget.of(budget)), baseline=baseline, metric=metric, better=better,
                            steps=timed.value if timed and timed.how == 'done' else {}, minutes=(time.monotonic() - start) / 60))
 
+# %% ../nbs/08_compare.ipynb #f215486e
+def ruler(
+    short='2 steps',  # the budget in tests
+    **others,  # arguments of `compare` in the other profiles
+) -> dict:  # arguments of `compare`
+    "How a page measures: `nano` and two million tokens on a CPU; `micro` and ten times as many on a GPU; some steps in tests."
+    whole = dict(seeds=3, budget='2M') | others
+    return by_profile(dict(tiny(), seeds=2, tune=False, timing=0, budget=short), whole, whole | dict(size='micro', budget='20M'))
+
 # %% ../nbs/08_compare.ipynb #b2674bd2
 def sweep(
     arms: dict,  # name -> recipe, TOML file, or arguments of `pretrain`
@@ -556,6 +583,7 @@ def climb(
 # %% ../nbs/08_compare.ipynb #be562df3
 def ladder_for(recipe: dict, text: dict, metric: str) -> Ladder:
     "The ladder of this text and size, from the cache or the record; raises `InputError` where nobody has measured it."
+    if own := [k for k in ('model', 'stage') if recipe.get(k)]: raise InputError(f"the baseline has its own {' and '.join(own)}, and a ladder is of plain training: there is no multiplier.")
     key = ladder_key(recipe, text, metric)
     path = cache_folder('ladders')/f'{fingerprint(key)}.json'
     shipped = [l for r in catalog.records() for l in (r.get('results') or {}).get('ladders', []) if l['key'] == key]
@@ -597,9 +625,9 @@ def table(self: Comparison) -> Table:
         d, base = self.differences[name], name == self.baseline
         row = {'arm': name, self.metric: f'{np.mean(self.values[name]):.4f}', 'difference': '' if base else f'{d.mean:+.4f} ± {d.high - d.mean:.4f}{" (unstable)" if d.unstable else ""}'}
         row['× tokens'] = '1' if base else or_why_not(lambda: self.multiplier('tokens', name))
-        row |= {'lr': f'{rate_of(a["recipe"]):.3g}', 'FLOPs': human(self.cost('flops', name)), 'seconds': f"{self.cost('seconds', name):.1f}", 'state': human(self.cost('bytes', name), 'B')}
+        row |= {'lr': f'{rate_of(a["recipe"]):.3g}', 'FLOPs': human(self.cost('flops', name)), 'seconds': f"{self.cost('seconds', name):.1f}", 'bytes': human(self.cost('bytes', name), 'B')}
         rows.append(row)
-    return Table(rows, ['arm', self.metric, 'difference', '× tokens', 'lr', 'FLOPs', 'seconds', 'state'])
+    return Table(rows, ['arm', self.metric, 'difference', '× tokens', 'lr', 'FLOPs', 'seconds', 'bytes'])
 
 # %% ../nbs/08_compare.ipynb #aaf44330
 @patch
@@ -673,7 +701,7 @@ class Claim(NamedTuple):
     cost: str = 'tokens'  # that it saves: tokens, flops, seconds or bytes
     paper: dict = {}  # the paper's numbers, by name
     checks: dict = {}  # name -> function of the comparison: our number, whether the claim holds (None: chance decides), and the number's `Interval` if it has one
-    against: tuple = ()  # for bytes: the plain alternatives
+    against: tuple = ()  # plain alternatives: the best that costs no more must be beaten
     scale: float = math.inf  # parameters of the paper's smallest model
 
 class Verdict(NamedTuple):
@@ -726,25 +754,43 @@ def saving(
         return share, share >= least
     return check
 
+# %% ../nbs/08_compare.ipynb #f782760e
+@patch
+def against(
+    self: Comparison,
+    arm: str,
+    plain,  # the names of its alternatives
+    costs: dict,  # arm -> cost, in whatever is to be saved
+) -> tuple | None:  # pays, did not pay or undecided; the best alternative that costs no more; an `Interval` of the difference to it
+    "Judge an arm by the best alternative that costs no more; None where all cost more."
+    cheap = [n for n in plain if n in self.names and costs[n] <= 1.02 * costs[arm]]
+    if not cheap: return None
+    rival = min(cheap, key=lambda n: self.sign * np.mean(self.values[n]))
+    d = self.difference(arm, rival)
+    low, high = sorted((self.sign * d.low, self.sign * d.high))
+    return 'pays' if high < 0 else 'did not pay' if low > 0 or costs[rival] < .9 * costs[arm] and low <= 0 else 'undecided', rival, d
+
 # %% ../nbs/08_compare.ipynb #086bacda
 def judge_cost(comparison: Comparison, claim: Claim) -> tuple:  # verdict, why
     "Whether an arm pays in tokens, FLOPs or seconds."
     m = comparison.multiplier(claim.cost, claim.arm)
-    verdict = 'pays' if m.low > PAYS else 'did not pay' if m.high < PAYS else 'undecided'
-    return verdict, {f'multiplier in {claim.cost}': str(m)}
+    verdict, why = 'pays' if m.low > PAYS else 'did not pay' if m.high < PAYS else 'undecided', {f'multiplier in {claim.cost}': str(m)}
+    found = comparison.against(claim.arm, claim.against, {n: comparison.cost(claim.cost, n) for n in comparison.names})
+    if not found: return verdict, why
+    beside, rival, d = found
+    return beside if verdict == 'pays' else verdict, why | {f'{comparison.metric} minus that of {rival}': str(d)}
 
 def judge_bytes(comparison: Comparison, claim: Claim) -> tuple:  # verdict, why
     "Whether an arm pays in bytes: against the best alternative that needs no more, or, where none is as small, against the baseline."
-    size, sign = comparison.cost('bytes', claim.arm), comparison.sign
-    small = [n for n in claim.against if n in comparison.names and comparison.cost('bytes', n) <= 1.02 * size]
-    rival = min(small, key=lambda n: sign * np.mean(comparison.values[n]), default=comparison.baseline)
-    d = comparison.difference(claim.arm, rival)
-    low, high = sorted((sign * d.low, sign * d.high))
-    why = {'state': f"{human(size, 'B')}; the baseline {human(comparison.cost('bytes', comparison.baseline), 'B')}",
-           'best alternative of no more bytes': f"{rival} ({human(comparison.cost('bytes', rival), 'B')})" if small else 'none, so it is measured by the baseline', f'{comparison.metric} minus that of {rival}': str(d)}
+    costs = {n: comparison.cost('bytes', n) for n in comparison.names}
+    found = comparison.against(claim.arm, claim.against, costs)
+    verdict, rival, d = found or (None, comparison.baseline, comparison.difference(claim.arm, comparison.baseline))
+    why = {'weights, gradients and state': f"{human(costs[claim.arm], 'B')}; the baseline {human(costs[comparison.baseline], 'B')}",
+           'best alternative of no more bytes': f"{rival} ({human(costs[rival], 'B')})" if found else 'none, so it is measured by the baseline', f'{comparison.metric} minus that of {rival}': str(d)}
     for other in claim.against:
-        if other != rival and other in comparison.names: why[f'{comparison.metric} minus that of {other}'] = f"{comparison.difference(claim.arm, other)}, at {human(comparison.cost('bytes', other), 'B')}"
-    if small: return 'pays' if high < 0 else 'did not pay' if low > 0 or comparison.cost('bytes', rival) < .9 * size and low <= 0 <= high else 'undecided', why
+        if other != rival and other in comparison.names: why[f'{comparison.metric} minus that of {other}'] = f"{comparison.difference(claim.arm, other)}, at {human(costs[other], 'B')}"
+    if found: return verdict, why
+    low, high = sorted((comparison.sign * d.low, comparison.sign * d.high))
     return 'pays' if high < .01 * abs(np.mean(comparison.values[rival])) else 'undecided' if low <= 0 else 'did not pay', why
 
 # %% ../nbs/08_compare.ipynb #bbd1013e

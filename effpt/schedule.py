@@ -65,7 +65,7 @@ def linear(
 # %% ../nbs/04_schedule.ipynb #88581ef8
 def cosine(
     progress: float,  # 0 to 1
-    floor: float = 0.1,  # factor at the end
+    floor: float = 0.,  # factor at the end
 ) -> float:  # factor
     "Half a cosine from 1 to `floor`."
     check_share('floor', floor)

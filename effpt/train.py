@@ -386,7 +386,9 @@ def enter(self: Run, stage: int):
         self.swap(lambda model: assemble([model, *(conversions if isinstance(conversions, (list, tuple)) else [conversions])], self))
     self.fill({k: v for k, v in slots.items() if k != 'model'})
     self.stage = stage
-    if stage: self.edits.append([self.step, 'stage', dict(stage=stage)])
+    if not stage: return
+    self.edits.append([self.step, 'stage', dict(stage=stage)])
+    self.marks['stage'] = self.at()
 
 # %% ../nbs/06_train.ipynb #cfeaafe1
 def blocks(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from effpt import checkpoint
-from effpt.cli import main
+from effpt.catalog import techniques
+from effpt.cli import main, recipe_of
 
 HERE = Path(__file__).parent
 SMALL = '--steps 6 --batch 4 --length 32 --vocab 512 --held-out 0.1 --eval-tokens 2k --precision float32 --quiet'.split()
@@ -198,7 +199,24 @@ def test_compare(recipe, tmp_path, capsys):
     assert set(json.loads((tmp_path/'all.json').read_text())['arms']) == {'base', 'other'}
 
 
+def test_compare_by_name(verses, capsys):
+    assert main(['compare', 'adamw', 'galore,rank=8', 'per_layer', '--data', verses, '--budget', '2 steps', '--seeds', '2', '--no-tune', '--quiet', '--cost', 'bytes']) == 0
+    said = capsys.readouterr().out
+    assert re.search(r'^galore,rank=8 .*±', said, re.M) and re.search(r'^per_layer .*±', said, re.M) and 'weights, gradients and state' in said, said
+
+
+@pytest.mark.parametrize('name', sorted(techniques()))
+def test_every_technique_is_a_recipe_by_its_name(name):
+    from effpt.recipe import build
+    known = techniques()[name]
+    needed = ','.join([*known['needs'], name])
+    slots = build(recipe_of(needed))
+    assert name == 'adamw' or known['slot'] in slots
+
+
 def test_wrong_comparisons(refused, recipe):
+    assert "no technique 'muom', did you mean 'muon'" in refused('compare', 'adamw', 'muom')
+    assert "did you mean 'rank'" in refused('compare', 'adamw', 'galore,rnk=3')
     base = recipe('base')
     assert 'one recipe cannot be compared' in refused('compare', base)
     assert 'given twice' in refused('compare', base, base)

@@ -1,15 +1,18 @@
 """Low-rank layers on other people's models: there and back, refactorization that changes nothing but the descent, and ReLoRA's restarts."""
 import copy
+from functools import partial
 
 import pytest, torch
 from torch import nn
 
 import tiny
 from effpt.arch.convert import Converted, to_dense
-from effpt.arch.low_rank import LowRank, Residual, carry, jagged, low_rank, merge, prune_moments, refactorize_layer, refactorized, relora
+from effpt.arch.low_rank import LowRank, Residual, carry, jagged, low_rank, merge, merge_and_restart, prune_moments, refactorize_layer, refactorized, relora
 from effpt.basics import InputError, generator
 from effpt.ledger import count_flops
 from effpt.plan import plan
+from effpt.recipe import pretrain, tiny as short
+from effpt.schedule import cosine
 
 
 def draw(*shape, key): return torch.empty(shape).normal_(generator=generator(0, 'test', key))
@@ -150,8 +153,15 @@ def test_pruned_moments_keep_their_largest():
     assert not state['exp_avg'].any()
 
 
-def test_the_rate_falls_at_each_restart_only():
+def test_the_rate_falls_at_each_restart_and_stage_only():
     from effpt.schedule import Progress
-    shape = jagged(every=10, warm=3)
-    factors = [shape(Progress(t / 30, step=t)) for t in range(30)]
-    assert factors[:10] == [1.] * 10 and factors[10:14] == pytest.approx([.25, .5, .75, 1.]) and factors[20] == .25
+    shape = jagged(share=.1)
+    assert [shape(Progress(t / 10)) for t in range(10)] == [1.] * 10
+    assert [shape(Progress(.5 + t / 100, marks=dict(restart=.5))) for t in (0, 5, 10)] == pytest.approx([0., .5, 1.])
+    assert shape(Progress(.25, marks=dict(stage=.2))) == pytest.approx(.5) == shape(Progress(.75, marks=dict(stage=.2, restart=.7)))
+
+
+def test_restarts_are_counted_from_the_beginning_of_the_stage():
+    slots = dict(budget='12 steps', stages=[dict(share=.5), dict(share=.5, model=[partial(relora, rank=4, quiet=True)], callbacks=[merge_and_restart(every=4)])])
+    run = pretrain(**short() | slots, schedule=[cosine, jagged]).run
+    assert run.marks == pytest.approx(dict(stage=6 / 12, restart=10 / 12))

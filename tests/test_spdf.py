@@ -3,10 +3,9 @@ import pytest, torch
 
 import tiny
 from effpt.basics import InputError
-from effpt.compare import Interval
 from effpt.ledger import count_flops
 from effpt.optim.rules import select
-from effpt.sparse.spdf import against, ideal_flops, planned, static_sparsity
+from effpt.sparse.spdf import ideal_flops, planned, static_sparsity
 
 
 def share_gone(weights): return {round((w == 0).float().mean().item(), 2) for w in weights.values()}
@@ -72,21 +71,6 @@ def test_what_lived_is_counted_over_the_lift():
     run, _ = tiny.train({}, callbacks=[one := static_sparsity(.5, until=.5)])
     whole = sum(p.numel() for p in run.model.parameters())
     assert one.lived()[2] < whole == one.lived()[3] and one.path[-1] == [3, whole] and not one.hooks
-
-
-class Compared:
-    "What `against` reads of a comparison."
-    names, values = ['dense', 'small', 'sparse'], dict(dense=[1., 1.], small=[1.2, 1.2], sparse=[1.1, 1.1])
-    def difference(self, a, b):
-        d = self.values[a][0] - self.values[b][0]
-        return Interval(d, d - .01, d + .01)
-
-
-def test_the_verdict_depends_on_the_count():
-    plain = 'dense', 'small'
-    assert against(Compared(), 'sparse', plain, dict(dense=10, small=5, sparse=10))[:2] == ('did not pay', 'dense')
-    assert against(Compared(), 'sparse', plain, dict(dense=10, small=5, sparse=5))[:2] == ('pays', 'small')
-    assert against(Compared(), 'sparse', plain, dict(dense=10, small=9, sparse=5))[0] == 'undecided'
 
 
 @pytest.mark.parametrize('wrong', [1., 1.5, -.1, float('nan'), 'half'])

@@ -37,9 +37,9 @@ def methods(
         'full rank': {},
         'low rank': dict(model=thin),
         'low rank, refactorized, reset': dict(model=thin, callbacks=dict(name='refactorize', every=every)),
-        'ReLoRA': dict(schedule=['cosine', 'warmup', dict(name='jagged', every=every, warm=every // 10)],
+        'ReLoRA': dict(schedule=['cosine', 'warmup', 'jagged'],
                        stage=[dict(share=.2), dict(share=.8, model=dict(name='relora', rank=rank, quiet=True), callbacks=restarts)]),
-        'SLTrain': dict(model=dict(name='sltrain', rank=rank, density=density, quiet=True)),
+        'SLTrain': dict(model=dict(name='sltrain', rank=rank, density=density, alpha=rank / 4, quiet=True)),   # alpha / r is that of 60M
         **{name: dict(optimizer=dict(name=name.lower(), rank=rank)) for name in ('GaLore', 'Fira', 'APOLLO')}}
 
 # %% ../../nbs/arch/memory_table.ipynb #10b1a930

@@ -20,7 +20,7 @@ card = {
                     'also': [{'rule': 'uniform'}], 'wrong': [{'keep': 0}, {'keep': 1.5}, {'keep': 0.001}, {'multiple': 0}]}},
     'claims': [
         {'says': 'At the same densities of its layers, a network of fewer channels learns as well as one with single weights pruned.', 'arm': 'PreCrop, 70 %', 'cost': 'bytes'},
-        {'says': 'Channels are dense in storage and computation, so that the saving is one of time.', 'arm': 'PreCrop, 70 %', 'cost': 'bytes'}],
+        {'says': 'Channels are dense in storage and computation, so that the saving is one of time.', 'arm': 'PreCrop, 70 %', 'cost': 'seconds'}],
 }
 
 # %% ../../nbs/arch/precropping.ipynb #83a9ffd2

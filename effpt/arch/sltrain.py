@@ -9,7 +9,7 @@ __all__ = ['card', 'SUPPORTS', 'values_per_row', 'support_of', 'SLTrain', 'sltra
 card = {
     'papers': ['029'],
     'saves': 'parameters, gradients and optimizer state: of an m x n matrix, r (m + n) + δ m n numbers are trained instead of m n',
-    'costs': 'somewhat more FLOPs than the dense layer, and a matrix that is put together again in every forward and backward pass',
+    'costs': 'up to half more FLOPs than the dense layer, and a matrix that is put together again in every forward and backward pass',
     'when': 'When parameters, gradients and state together do not fit, and factors alone end too high.',
     'avoid': 'Where FLOPs or seconds are what is scarce, or where a smaller dense model would do.',
     'techniques': {

@@ -16,7 +16,8 @@ card = {
     'techniques': {
         'per_layer': {'slot': 'optimizer', 'kind': 'wrapper', 'touches': ['gradients', 'backward'], 'case': {}}},
     'claims': [
-        {'says': 'Updating during the backward pass lowers the memory of gradients to that of one tensor, at the same loss.', 'arm': 'AdamW, per layer', 'cost': 'bytes', 'scale': 6.7e9}],
+        {'says': 'Updating during the backward pass lowers the memory of gradients to that of one tensor, at the same loss.', 'arm': 'AdamW, per layer', 'cost': 'bytes', 'scale': 6.7e9},
+        {'says': 'Around an optimizer that keeps few bytes itself, it leaves little but the weights.', 'arm': '8-bit Adam, per layer', 'cost': 'bytes', 'scale': 6.7e9}],
 }
 
 # %% ../../nbs/optim/per_layer.ipynb #3789b4f7

@@ -16,7 +16,8 @@ card = {
         'gradual_pruning': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['parameters', 'gradients'], 'case': {'final': .5, 'end': .6, 'every': 1},
                             'also': [{'within': 'all', 'law': 'geometric'}], 'wrong': [{'final': 1.5}, {'final': 1.0}, {'start': .9, 'end': .5}, {'every': 0}, {'initial': .9}]}},
     'claims': [
-        {'says': 'A large sparse model does better than a small dense one that is stored in as many bytes.', 'arm': 'three quarters pruned', 'cost': 'bytes', 'scale': 4e6}],
+        {'says': 'A large sparse model does better than a small dense one that is stored in as many bytes.', 'arm': 'three quarters pruned', 'cost': 'bytes', 'scale': 4e6},
+        {'says': 'A large model with nine tenths of its weights pruned does better than a small dense one that is stored in as many bytes.', 'arm': 'nine tenths pruned', 'cost': 'bytes', 'scale': 4e6}],
 }
 
 # %% ../../nbs/sparse/gradual_pruning.ipynb #3f276723
