@@ -523,7 +523,8 @@ def part_rows(
         about = {'technique': link}
         for arm in (arms_of(r, names) if r else []):
             said = _in_short(v for v in r.get('verdicts', ()) if v.get('arm') == arm)
-            rows.append({**about, 'arm': arm, 'verdict': said + (stale if said else ''), **numbers(r, arm), 'measured': f"{r['profile']}, {r.get('size', '')}, {r.get('budget', '')}{stale}"})
+            how = [r['profile'], r.get('size'), r.get('budget'), (r.get('arguments') or {}).get('precision')]
+            rows.append({**about, 'arm': arm, 'verdict': said + (stale if said else ''), **numbers(r, arm), 'measured': ', '.join(filter(None, how)) + stale})
             about = {'technique': ''}
         if about['technique']: rows.append({**about, 'verdict': verdict(r, names) + stale})
     return rows
@@ -536,18 +537,28 @@ def part_points(
     part: str,  # 'optim'
     cost: str = 'optimizer',  # optimizer or state, in bytes; flops or seconds
     root=None,  # folder of the package, if not this one
-) -> list:  # of dictionaries: page, arm, cost, difference, low, high, baseline
-    "Every measured arm of a part's pages, once where several have it, without the arms that failed."
+) -> list:  # of dictionaries: page, arm, metric, cost, difference, low, high, baseline
+    "Every measured arm of a part's pages without those that failed; where several pages have one, that of its own page."
     _one_of(cost, AXES, 'there is no cost')
-    found, seen = [], []
-    for source, c in _cards(root):
-        r = record(source.page, root=root) if part_of(source.page) == part else None
-        for name, a in (r or {}).get('arms', {}).items():
-            if a.get('error') or a['recipe'] in seen: continue
-            seen.append(a['recipe'])
+    pages = [(source.page, r, arms_of(r, c['techniques'])) for source, c in _cards(root) if part_of(source.page) == part and (r := record(source.page, root=root))]
+    whose = {}
+    for page, r, own in pages:
+        for name, a in r.get('arms', {}).items():
+            if not a.get('error') and (name in own or _setup(a['recipe']) not in whose): whose[_setup(a['recipe'])] = page, name
+    found = []
+    for page, r, _ in pages:
+        for name, a in r.get('arms', {}).items():
+            if a.get('error') or whose[_setup(a['recipe'])] != (page, name): continue
             spent = sum(a['bytes'].get(k, 0) for k in (STATE if cost == 'state' else [cost])) if cost in ('state', 'optimizer') else a[cost]
-            found.append(dict(page=source.page, arm=name, cost=spent, baseline=name == r['baseline'], **{k if k != 'mean' else 'difference': a['difference'][k] for k in ('mean', 'low', 'high')}))
+            found.append(dict(page=page, arm=name, metric=r['metric'], cost=spent, baseline=name == r['baseline'], **{k if k != 'mean' else 'difference': a['difference'][k] for k in ('mean', 'low', 'high')}))
     return found
+
+def _setup(recipe) -> str:
+    "What an arm is, apart from its tuned rate and from what the machine decides."
+    def bare(x):
+        if isinstance(x, dict): return {k: bare(v) for k, v in x.items() if k not in ('lr', 'precision', 'compile')}
+        return [bare(v) for v in x] if isinstance(x, list) else x
+    return json.dumps(bare(recipe), sort_keys=True)
 
 # %% ../nbs/09_catalog.ipynb #d9b1345e
 def part_figure(
@@ -560,14 +571,19 @@ def part_figure(
     if not points: return Shown('Nothing of this part has been measured yet.')
     import matplotlib.pyplot as plt
     scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, 'bytes')
-    (figure, axis), labels = plt.subplots(figsize=(8, 4.5)), []
+    (figure, axis), labels = plt.subplots(figsize=(9, 5)), []
     for i, page in enumerate(dict.fromkeys(p['page'] for p in points)):
         own = [p for p in points if p['page'] == page and not p['baseline']]
         x, y = [p['cost'] / scale for p in own], [p['difference'] for p in own]
-        axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='os^D'[i // len(plt.rcParams['axes.prop_cycle']) % 4], capsize=2, label=page.partition('/')[2])
-        labels += [axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7) for p, a, b in zip(own, x, y)]
+        drawn = axis.errorbar(x, y, [[v - p['low'] for v, p in zip(y, own)], [p['high'] - v for v, p in zip(y, own)]], fmt='os^D'[i // len(plt.rcParams['axes.prop_cycle']) % 4], capsize=2, label=page.partition('/')[2])
+        labels += [axis.annotate(p['arm'], (a, b), xytext=(4, 3), textcoords='offset points', fontsize=7, color=drawn[0].get_color()) for p, a, b in zip(own, x, y)]
+    for p in points:
+        if p['baseline']:
+            axis.plot(p['cost'] / scale, 0, 'k*')
+            labels.append(axis.annotate(p['arm'], (p['cost'] / scale, 0), xytext=(4, 3), textcoords='offset points', fontsize=7))
     axis.axhline(0, color='#444444', lw=.8)
-    axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel='loss minus that of the baseline')
+    metrics = {p['metric'] for p in points}
+    axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel=f"{'bits per byte' if metrics == {'bpb'} else 'loss'} minus that of the baseline")
     axis.margins(x=.15)
     axis.legend()
     _apart(figure, labels)

@@ -876,6 +876,8 @@ def average_weights(
     if not (points >= 1 and points % 1 == 0): raise InputError(f'points is {points}: average over a whole number of them, at least one.')
     return AverageWeights(share, points)
 
+average_weights.planned = lambda shapes, **others: dict(buffers=4 * sum(map(math.prod, shapes.values())))   # the mean, in float32
+
 # %% ../nbs/08_compare.ipynb #c9ec183a
 def flat(value, name='') -> dict:
     "Nested tables and lists as one table."

@@ -149,7 +149,7 @@ def two_moments(
 # %% ../nbs/12_plan.ipynb #1091ac56
 KEYS = 'optimizer', 'gradients', 'flops', 'shapes', 'buffers', 'activations', 'flops_per_token'
 def nothing(shapes: dict) -> dict: return {}
-SPINE = {'adamw': two_moments, 'next_token': nothing}  # the spine's functions have no page of their own to export `planned`
+SPINE = {'adamw': two_moments, 'next_token': nothing, 'momentum_reset': nothing}  # where no page exports a `planned` that means this function
 PLANNED = dict(convert='model', optim='optimizer', loss='loss', callbacks='callbacks')  # argument of `plan` -> slot, in the order in which they act
 
 class Technique(NamedTuple):

@@ -11,7 +11,7 @@ from effpt.basics import InputError
 from effpt.ledger import count_flops, measure_activations, measure_bytes
 from effpt.loss import next_token
 from effpt.model import PRESETS, Transformer
-from effpt.plan import (PRECISIONS, activations, changed, complete, cure, describe, estimate, fake_activations, find_technique, levers, numbers, plan,
+from effpt.plan import (PLANNED, PRECISIONS, activations, changed, complete, cure, describe, estimate, fake_activations, find_technique, levers, numbers, plan,
                         rate, recorded_rate, transformer_flops, transformer_shapes, two_moments)
 from effpt.train import adamw
 
@@ -225,3 +225,16 @@ def test_updates_in_backward_need_one_pass():
     for how in (dict(devices=2), dict(accumulate=2), dict(devices=2, shard='fsdp')):
         with pytest.raises(InputError, match='updates in the backward pass see one pass of one device'): plan(TINY, early, **how)
     assert two_moments({'a': (2, 3)}, 2) == dict(optimizer=28)
+
+
+@pytest.mark.parametrize('name', sorted(n for n, t in catalog.techniques().items() if t['slot'] in PLANNED.values()))
+def test_every_technique_can_be_planned(name):
+    known, argument = catalog.techniques(), {slot: a for a, slot in PLANNED.items()}
+    given = dict(optim=['adamw'])
+    for n in [*known[name]['needs'], name]:
+        t = known[n]
+        specs = given.setdefault(argument[t['slot']], [])
+        if t['slot'] == 'optimizer' and t['kind'] == 'base': specs.clear()
+        specs.append(dict(t['case'], name=n))
+    found = plan(TINY, **given)
+    assert all(found.bytes[kind] > 0 for kind in ('parameters', 'gradients')) and found.numbers > 0

@@ -44,7 +44,7 @@ from ..basics import InputError, check_whole, suggest
 from ..model import eager
 from ..monitor import Callback
 from ..optim.rules import inner_shapes, select
-from ..sparse.masks import Masked, masks
+from ..sparse.masks import Masked, masks, planned_masks
 from effpt_kernels.hashed import Place, gather, scatter_add, slots_of
 
 # %% ../../nbs/arch/parameter_sharing.ipynb #05ec8c7b
@@ -360,6 +360,8 @@ def prune_at_init(
     if score not in AT_START: raise InputError(f"score is '{score}'{suggest(score, AT_START)}.")
     for name, value in dict(batches=batches, rounds=1 if rounds is None else rounds).items(): check_whole(name, value)
     return PruneAtInit(compression, score, batches, rounds, match)
+
+prune_at_init.planned = lambda shapes, match=None, **others: planned_masks(shapes, match)
 
 # %% ../../nbs/arch/parameter_sharing.ipynb #92852aba
 class Ticket(Masked):

@@ -12,7 +12,7 @@ card = {
     'saves': 'optimizer state: of an m x n matrix, m ≤ n, 2 n r + 1 numbers are kept instead of 2 m n; APOLLO-Mini has r = 1',
     'costs': 'one thin matrix product per step, and random numbers that are drawn again in each; the direction is that of a single gradient',
     'when': 'When the optimizer state has to all but vanish, and all weights must be trained.',
-    'avoid': 'Where 8-bit Adam fits: it moves like Adam, and has no options to tune. Where embeddings hold most of the weights: they keep full moments.',
+    'avoid': 'Where simplicity counts: 8-bit Adam moves like Adam, and has no options to tune. Where embeddings hold most of the weights: they keep full moments.',
     'techniques': {
         'apollo': {'slot': 'optimizer', 'kind': 'base', 'touches': ['gradients of matrices', 'optimizer state'],
                    'case': {'rank': 2, 'update_gap': 2}, 'without': [],

@@ -12,7 +12,7 @@ card = {
     'saves': 'optimizer state: of an m x n matrix, m ≤ n, m r + 2 n r + 1 numbers are kept instead of 2 m n',
     'costs': 'those of GaLore, and a third thin matrix product per step',
     'when': 'Where GaLore would be taken, and the rank has to be small.',
-    'avoid': 'Where 8-bit Adam fits: it needs no decompositions and has no options to tune.',
+    'avoid': 'Where simplicity counts: 8-bit Adam needs no decompositions and has no options to tune.',
     'techniques': {
         'fira': {'slot': 'optimizer', 'kind': 'base', 'touches': ['gradients of matrices', 'optimizer state'],
                  'case': {'rank': 2, 'update_gap': 2}, 'without': [],

@@ -489,6 +489,7 @@ def planned(
     shapes: dict,  # {parameter name: shape}, of a `Transformer`
     layers: int | None = None,
     heads: int | None = None,
+    kv_heads: int | None = None,
     hidden: int | None = None,
     width: int | None = None,
     start: float = .25,
@@ -497,12 +498,13 @@ def planned(
     **others,  # options that change neither bytes nor FLOPs
 ) -> dict:  # flops per token that are saved, the mean over a run with a budget in tokens
     "What pruning saves of the products with weights; its bytes are those of the large model."
-    if heads is not None and size is None: raise InputError(f'heads is {heads}: give size, the numbers of a head, too.')
+    for name, count in dict(heads=heads, kv_heads=kv_heads).items():
+        if count is not None and size is None: raise InputError(f'{name} is {count}: give size, the numbers of a head, too.')
     W, H = (shapes[f'blocks.0.mlp.{n}.weight'][d] for n, d in (('up', 1), ('up', 0)))
     Q, K = (shapes[f'blocks.0.attention.{n}.weight'][0] for n in 'qk')
     V, L = shapes['embed.weight'][0], 1 + max(int(n.split('.')[1]) for n in shapes if n.startswith('blocks.'))
     q = heads * size if heads else width or Q
-    last = dict(W=width or (heads * size if heads else W), H=hidden or H, Q=q, K=K * q // Q, L=layers or L)
+    last = dict(W=width or (heads * size if heads else W), H=hidden or H, Q=q, K=kv_heads * size if kv_heads else K * q // Q, L=layers or L)
     def numbers(W, H, Q, K, L): return L * (2 * W * (Q + K) + 3 * W * H) + V * W
     first, points = dict(W=W, H=H, Q=Q, K=K, L=L), 200
     def at(t): s = min(1, max(0, (t - start) / (end - start))); return numbers(**{k: first[k] + (last[k] - first[k]) * s for k in first})
