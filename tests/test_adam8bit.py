@@ -61,3 +61,16 @@ def test_small_and_unmatched_tensors_keep_32_bits():
     everything, some = kinds(), kinds(match='*.up')
     assert {n for n, d in everything.items() if d != torch.uint8} == {n for n in everything if 'norm' in n}
     assert [n for n, d in some.items() if d == torch.uint8] == ['blocks.0.mlp.up.weight']
+
+
+def test_weights_in_bfloat16_are_rounded_once_and_scales_stay_in_float32():
+    layer = nn.Linear(*SHAPE[::-1], bias=False).bfloat16()
+    before, g = layer.weight.detach().double(), gradient(1., 1).bfloat16()
+    optimizer = adam8bit(layer, **RATES)
+    layer.weight.grad = g.clone()
+    optimizer.step()
+    n = g.double() / (g.double().abs() + RATES['eps'])   # the first step of Adam
+    expected = (before * (1 - RATES['lr'] * RATES['weight_decay']) - RATES['lr'] * n).bfloat16()
+    assert (layer.weight != expected).float().mean() < .01   # ties of the rounding
+    state = optimizer.state[layer.weight]
+    assert (state['m'].dtype, state['m_scale'].dtype, layer.weight.dtype) == (torch.uint8, torch.float32, torch.bfloat16)

@@ -36,6 +36,7 @@ def test_there_and_back(kind, technique):
     before = loss(model, tokens)
     assert any(isinstance(m, Converted) for m in model.modules())
     assert loss(to_dense(copy.deepcopy(model)), tokens).item() == pytest.approx(before.item(), rel=1e-5)
+    assert all(p.requires_grad for p in to_dense(copy.deepcopy(model)).parameters())
     assert list(to_dense(model).state_dict()) == names and not any(isinstance(m, Converted) for m in model.modules())
 
 

@@ -38,6 +38,7 @@ def test_there_and_back(kind, support):
     before = loss(moved(sltrain(model, 8, .2, support=support, quiet=True)), tokens)
     assert any(isinstance(m, SLTrain) for m in model.modules())
     assert loss(to_dense(copy.deepcopy(model)), tokens).item() == pytest.approx(before.item(), rel=1e-5)
+    assert all(p.requires_grad for p in to_dense(copy.deepcopy(model)).parameters())
     assert list(to_dense(model).state_dict()) == names and not any(isinstance(m, Converted) for m in model.modules())
     assert all(torch.equal(p, biases[n]) for n, p in model.named_parameters() if n in biases)
 

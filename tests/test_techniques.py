@@ -82,6 +82,27 @@ def test_every_trainable_parameter_is_optimized_once(case):
     assert sorted(held) == sorted(id(p) for p in run.model.parameters() if p.requires_grad)
 
 
+class Still:
+    "Sets the rate of each optimizer's first group to zero for a step, and notes which parameters moved."
+    def before_step(self, run):
+        if run.step != HALF: return
+        self.first = [o.param_groups[0] for o in run.optimizers.values()]
+        for group in self.first: group['initial_lr'] = 0.
+        self.before = {p: p.detach().clone() for p in run.model.parameters()}
+
+    def after_step(self, run, metrics):
+        if run.step != HALF + 1: return
+        held = {p for group in self.first for p in group['params']}
+        self.moved = {which: [not torch.equal(p, old) for p, old in self.before.items() if p.requires_grad and (p in held) == which] for which in (True, False)}
+
+
+@pytest.mark.parametrize('case', cases('optimizer'))
+def test_a_group_has_its_own_rate(case):
+    still = Still()
+    train(recipe(CASES[case]), callbacks=[still])
+    assert still.moved[True] and not any(still.moved[True]) and (any(still.moved[False]) or not still.moved[False])
+
+
 class Measure:
     "Times a step in the middle of a run, and notes what that changed."
     def after_step(self, run, metrics):
