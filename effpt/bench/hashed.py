@@ -51,6 +51,9 @@ def candidates(
             'embedding_bag': lambda: whole(F.embedding_bag(slot[:, None], bank, per_sample_weights=.3 * by, mode='sum'))}
     add = {'copy': read['copy'], 'ours': lambda: scatter_add(g, place, .3), 'index_add': lambda: torch.zeros(bank.numel(), device=device).index_add_(0, index.flatten(), (g * sign).flatten()).view_as(bank) * .3,
            'embedding_bag': lambda: F.embedding_bag(order, tiles_of(g), starts, per_sample_weights=.3 * signs, mode='sum')}
+    forth = torch.sparse_csr_tensor(torch.arange(place.count + 1, device=device), slot, .3 * by[:, 0], (place.count, place.slots))
+    back = torch.sparse_csr_tensor(torch.cat([starts, starts.new_tensor([place.count])]), order, .3 * signs, (place.slots, place.count))
+    read['torch.sparse'], add['torch.sparse'] = lambda: whole(forth @ bank), lambda: back @ tiles_of(g)
     if backend(g) != 'torch': read['eager reference'], add['eager reference'] = lambda: gather_reference(bank, place, .3), lambda: scatter_add_reference(g, place, .3)
     if compiled:
         reading, adding = torch.compile(gather_reference, dynamic=False), torch.compile(scatter_add_reference, dynamic=False)
