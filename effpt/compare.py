@@ -491,11 +491,12 @@ def compare(
 # %% ../nbs/08_compare.ipynb #f215486e
 def ruler(
     short='2 steps',  # the budget in tests
+    larger: bool = True,  # whether a GPU measures `micro`; a page whose rivals are shapes of `nano` stays with that
     **others,  # arguments of `compare` in the other profiles
 ) -> dict:  # arguments of `compare`
     "How a page measures: `nano` and two million tokens on a CPU; `micro` and ten times as many on a GPU; some steps in tests."
     whole = dict(seeds=3, budget='2M') | others
-    return by_profile(dict(tiny(), seeds=2, tune=False, timing=0, budget=short), whole, whole | dict(size='micro', budget='20M'))
+    return by_profile(dict(tiny(), seeds=2, tune=False, timing=0, budget=short), whole, whole | (dict(size='micro', budget='20M') if larger else {}))
 
 # %% ../nbs/08_compare.ipynb #b2674bd2
 def sweep(
