@@ -28,7 +28,8 @@ card = {
         'jagged': {'slot': 'schedule', 'kind': 'wrapper', 'touches': ['learning rate'], 'case': {'share': .2}, 'wrong': [{'share': -1}]}},
     'claims': [
         {'says': 'Refactorizing the weights and resetting the momentum lets low-rank training end at a lower perplexity.', 'arm': 'low rank, refactorized, reset', 'cost': 'bytes', 'scale': 5.8e7},
-        {'says': 'Merging and restarting, ReLoRA trains to a lower perplexity than one product of the same rank for good.', 'arm': 'ReLoRA', 'cost': 'bytes', 'scale': 5.8e7}],
+        {'says': 'Merging and restarting, ReLoRA trains to a lower perplexity than one product of the same rank for good.', 'arm': 'ReLoRA', 'cost': 'bytes',
+         'paper': {'perplexity at 60M, full rank': 33.81, 'perplexity at 60M, warm start and one product': 34.73, 'perplexity at 60M, ReLoRA': 34.46}, 'scale': 5.8e7}],
 }
 
 # %% ../../nbs/arch/low_rank.ipynb #caaee474
