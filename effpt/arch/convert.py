@@ -93,6 +93,7 @@ def convert(
         print(' ', ', '.join(dict.fromkeys(map(any_number, made))))
     return model
 
+# %% ../../nbs/arch/convert.ipynb #ac353727
 def any_number(path: str) -> str: return re.sub(r'(^|\.)\d+(?=\.|$)', r'\1*', path)
 
 def put(model: nn.Module, modules: dict) -> nn.Module:
@@ -108,6 +109,7 @@ def to_dense(
     "Plain linear layers again, with the same outputs."
     return put(model, {path: m.plain() for path, m in model.named_modules() if isinstance(m, Converted)})
 
+# %% ../../nbs/arch/convert.ipynb #d30825d4
 def converted(
     model: nn.Module,
 ) -> Table:

@@ -264,6 +264,7 @@ def prune_moments(state: dict, share: float):
             least = value.abs().flatten().topk(max(kept, 1)).values[-1]
             value.mul_(value.abs() >= least) if kept else value.zero_()
 
+# %% ../../nbs/arch/low_rank.ipynb #5e3266be
 def merge_and_restart(
     every: int = 500,  # steps, from the beginning of the stage
     forget: float = .999,  # share of each moment that is set to zero, the smallest entries
