@@ -589,7 +589,7 @@ class Trainer:
         batches,  # an endless iterable of batches (a `TokenStream`)
         loss=next_token,  # (model, batch) -> (sum, weight), or [base, wrapper, ...]
         optimizer=adamw,  # model -> optimizer, or [base, wrapper, ...]
-        schedule=warmup(cosine),  # progress -> factor, or [base, wrapper, ...]
+        schedule=warmup(functools.partial(cosine, floor=.1)),  # progress -> factor, or [base, wrapper, ...]
         callbacks=(),  # what acts while training, or what makes it (a class, a `partial`)
         budget='2M',  # tokens, '500 steps', '1e15 FLOPs', '10min'
         stages=(),  # [{'share': 0.8}, {'share': 0.2, 'loss': ...}]: slots named anew for a share of the budget
