@@ -570,6 +570,7 @@ def part_figure(
     points = part_points(part, cost, root)
     if not points: return Shown('Nothing of this part has been measured yet.')
     import matplotlib.pyplot as plt
+    points, far = _near(points)
     scale, unit = (1e6, 'MB') if cost in ('state', 'optimizer') else (1, 'bytes')
     (figure, axis), labels = plt.subplots(figsize=(9, 5)), []
     for i, page in enumerate(dict.fromkeys(p['page'] for p in points)):
@@ -582,12 +583,20 @@ def part_figure(
             axis.plot(p['cost'] / scale, 0, 'k*')
             labels.append(axis.annotate(p['arm'], (p['cost'] / scale, 0), xytext=(4, 3), textcoords='offset points', fontsize=7))
     axis.axhline(0, color='#444444', lw=.8)
+    if far: axis.text(1, 1, 'further off: ' + ', '.join(f"{p['arm']} ({p['difference']:+.2f})" for p in far), transform=axis.transAxes, ha='right', va='bottom', fontsize=7)
     metrics = {p['metric'] for p in points}
     axis.set(xlabel=AXES[cost].replace('bytes', unit), ylabel=f"{'bits per byte' if metrics == {'bpb'} else 'loss'} minus that of the baseline")
     axis.margins(x=.15)
     axis.legend()
     _apart(figure, labels)
     return figure
+
+# %% ../nbs/09_catalog.ipynb #b2e802af
+def _near(points: list) -> tuple:  # points, and those left out
+    "Points that can be told apart in one figure: not those that are many times as far from the baseline as most."
+    sizes = sorted(abs(p['difference']) for p in points if not p['baseline'])
+    most = 8 * sizes[len(sizes) // 2] if len(sizes) > 8 else math.inf
+    return [p for p in points if abs(p['difference']) <= most], [p for p in points if abs(p['difference']) > most]
 
 def _apart(figure, labels):
     "Move labels down until none lies on another, the highest first."
