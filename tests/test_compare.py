@@ -159,3 +159,12 @@ def test_diff_names_what_differs(tmp_path):
     assert names[0] == 'recipe.lr' and 'results.bpb' in names and not any(n.startswith('machine') for n in names)
     assert c.diff(tmp_path/'a', tmp_path/'a').rows == []
     with pytest.raises(InputError, match='nowhere does not exist'): c.diff(tmp_path/'a', 'nowhere')
+
+
+def test_bytes_and_seconds_are_those_of_all_stages(cache):
+    thin = dict(share=.5, model=dict(name='low_rank', rank=4, quiet=True))
+    plan = dict(c.tiny(), seeds=2, tune=False, timing=1, budget='4 steps')
+    found = c.compare({'dense': {}, 'thin': {k: v for k, v in thin.items() if k == 'model'}, 'staged': dict(stage=[dict(share=.5), thin])}, **plan)
+    size = {name: found.cost('bytes', name) for name in found.names}
+    assert size['thin'] < size['dense'] == size['staged'] and all(found.steps[name] > 0 for name in found.names)
+    with pytest.raises(InputError, match='the baseline has its own stage'): c.ladder_for(dict(stage=[thin]), {}, 'bpb')
