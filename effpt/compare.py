@@ -288,8 +288,9 @@ def in_stage(trainer, stage: int):  # a run
 
 def bytes_before(arguments: dict, stage: int) -> list:
     "Bytes that a step of each earlier stage keeps, by kind."
-    trainer, found = plan_run(arguments | dict(out=None))[0], []
+    found = []
     for i in range(stage):
+        trainer, _ = plan_run(arguments | dict(out=None))
         trainer.advance(run := in_stage(trainer, i))
         found.append(bytes_of_a_step(run))
     return found
@@ -356,26 +357,29 @@ def check_comparable(
 
 # %% ../nbs/08_compare.ipynb #318a4d27
 def time_in_turn(say, recipes: dict, rounds: int, steps: int) -> dict:  # in a process of its own
-    "Seconds of a step of each arm, without what it charges apart."
-    return steps_in_turn({name: plan_run(full(recipe) | dict(seed=0))[0] for name, recipe in recipes.items()}, rounds, steps)
+    "Seconds of a step of each arm, of all stages by their shares, without what it charges apart."
+    def trainer(recipe): return plan_run(full(recipe) | dict(seed=0))[0]
+    shares = {name: [s['share'] for s in trainer(recipe).stages] for name, recipe in recipes.items()}
+    took = steps_in_turn({(name, i): trainer(recipes[name]) for name, parts in shares.items() for i in range(len(parts))}, rounds, steps, {(name, i): i for name, parts in shares.items() for i in range(len(parts))})
+    return {name: sum(share * took[name, i] for i, share in enumerate(parts)) for name, parts in shares.items()}
 
 def steps_in_turn(
     trainers: dict,  # name -> `Trainer`
     rounds: int,  # how often each has its turn
     steps: int,  # in a turn
+    stages: dict = {},  # name -> the stage that is timed; the first without it
 ) -> dict:  # name -> seconds
-    "The median over turns of the seconds of a step, of all stages by their shares."
-    runs = {(name, i): in_stage(trainer, i) for name, trainer in trainers.items() for i in range(len(trainer.stages))}
-    took = {key: [] for key in runs}
-    for (name, _), run in runs.items():
-        trainers[name].tell(run, 'before_fit')
-        for _ in range(3): trainers[name].advance(run)
+    "The median over turns of the seconds of a step."
+    runs, took = {name: in_stage(trainer, stages.get(name, 0)) for name, trainer in trainers.items()}, {name: [] for name in trainers}
+    for name, trainer in trainers.items():
+        trainer.tell(runs[name], 'before_fit')
+        for _ in range(3): trainer.advance(runs[name])
     for _ in range(rounds):
-        for key, run in runs.items():
-            before = own_seconds(run.ledger.state_dict())
-            for _ in range(steps): trainers[key[0]].advance(run)
-            took[key].append((own_seconds(run.ledger.state_dict()) - before) / steps)
-    return {name: float(sum(s['share'] * np.median(took[name, i]) for i, s in enumerate(trainer.stages))) for name, trainer in trainers.items()}
+        for name, trainer in trainers.items():
+            before = own_seconds(runs[name].ledger.state_dict())
+            for _ in range(steps): trainer.advance(runs[name])
+            took[name].append((own_seconds(runs[name].ledger.state_dict()) - before) / steps)
+    return {name: float(np.median(t)) for name, t in took.items()}
 
 def own_seconds(ledger: dict) -> float: return ledger['accounts'].get('train', {}).get('seconds', 0.)
 
