@@ -488,6 +488,7 @@ def compare(
         results = {(name, seed): result for (name, _, seed), result in zip(jobs, bench.run(jobs))}
     whole = {name: recipe for name, recipe in recipes.items() if name not in bench.errors}
     timed = forked(time_in_turn, whole, timing, 10, timeout=1e6) if timing and whole else None
+    if timed and timed.how != 'done': print(f'steps could not be timed apart, seconds are those of the runs: {last_line(str(timed.value))}', file=sys.stderr)
     return Comparison(dict(arms={name: dict(recipe=recipe, tried=tried.get(name, {}), text=texts[name], runs=[results[name, s] for s in seeds], error=bench.errors.get(name))
                                  for name, recipe in recipes.items()}, seeds=seeds, budget=str(Budget.of(budget)), baseline=baseline, metric=metric, better=better,
                            steps=timed.value if timed and timed.how == 'done' else {}, minutes=(time.monotonic() - start) / 60))
