@@ -223,3 +223,11 @@ def test_the_optimizer_is_freed():
     gc.collect(); gc.disable()
     try: gone = weakref.ref(o); del o; assert gone() is None
     finally: gc.enable()
+
+
+def test_two_rates_for_two_parts():
+    model = transformer()
+    groups = muon(model, lr=.02, adam_lr=.003).param_groups
+    assert [(g['rule'], g['lr']) for g in groups] == [('muon', .02), ('plain', .003), ('plain', .003)]
+    assert {g['lr'] for g in muon(model, lr=.02).param_groups} == {.02}
+    with pytest.raises(InputError, match='adam_lr is 0: give a rate above 0'): muon(model, adam_lr=0)

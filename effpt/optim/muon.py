@@ -20,7 +20,7 @@ card = {
         'muon': {'slot': 'optimizer', 'kind': 'base', 'touches': ['gradients of matrices', 'optimizer state'],
                  'case': {}, 'without': [],
                  'also': [{'per_layer': True}, {'state': '8bit'}, {'scale': 'original'}, {'nesterov': False}, {'precision': 'bf16', 'iterations': 2}],
-                 'wrong': [{'lr': -1}, {'momentum': 1}, {'iterations': 0}, {'scale': 'adam'}, {'coefficients': [1.5, -0.5]}, {'state': '4bit'}]}},
+                 'wrong': [{'lr': -1}, {'momentum': 1}, {'iterations': 0}, {'scale': 'adam'}, {'adam_lr': -1}, {'coefficients': [1.5, -0.5]}, {'state': '4bit'}]}},
     'claims': [
         {'says': 'Muon needs about 52 % of the training FLOPs of AdamW for the same loss.', 'arm': 'Muon', 'cost': 'flops',
          'paper': {'share of FLOPs': 0.52}, 'scale': 3.99e8},
@@ -138,7 +138,8 @@ def check_finite(gradients):
 # %% ../../nbs/optim/muon.ipynb #e138c03a
 def muon(
     model: torch.nn.Module,  # whose parameters
-    lr: float = 6e-3,  # $\eta$, at the schedule's factor 1, of both parts
+    lr: float = 6e-3,  # $\eta$, at the schedule's factor 1
+    adam_lr: float | None = None,  # of AdamW's part; as much as lr without it
     momentum: float = 0.95,  # $\beta$, decay of the mean of gradients
     nesterov: bool = True,  # whether the newest gradient counts once more
     iterations: int = 5,  # rounds of the orthogonalisation
@@ -155,9 +156,11 @@ def muon(
 ) -> torch.optim.Optimizer:
     "Orthogonalised momentum for the matrices of the blocks, AdamW for everything else."
     check(momentum, iterations, coefficients, scale, precision)
+    if adam_lr is not None and not adam_lr > 0: raise InputError(f'adam_lr is {adam_lr}: give a rate above 0, or none.')
     options = dict(nesterov=bool(nesterov), iterations=iterations, coefficients=tuple(coefficients), scale=scale, precision=precision)
     groups = grouped(model, select(model, match), 'muon', options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, state=state, inner='momentum')
     groups[0]['betas'] = (momentum, momentum)
+    if adam_lr: groups[1:] = [dict(g, lr=adam_lr) for g in groups[1:]]
     return Muon(model, groups, run, per_layer)
 
 # %% ../../nbs/optim/muon.ipynb #60cd0ae3
