@@ -7,10 +7,10 @@ __all__ = ['FULL', 'PRECISIONS', 'KEYS', 'SPINE', 'PLANNED', 'KINDS', 'CHOICES',
            'attention_kind', 'block_activations', 'head_activations', 'weight_copies', 'activations', 'temporaries',
            'peak_bytes', 'two_moments', 'nothing', 'Technique', 'find_technique', 'of_its_page', 'read_value', 'takes',
            'read_techniques', 'apply', 'shard', 'block_numbers', 'transformer_flops', 'recorded_rate', 'rate', 'Scored',
-           'fake_activations', 'Described', 'describe', 'Plan', 'check_request', 'kept', 'work', 'estimate',
-           'check_alone', 'as_list', 'refuse', 'spend', 'first_name', 'optimizer_levers', 'levers', 'count', 'changed',
-           'cure', 'pull', 'relax', 'others', 'alternatives', 'advise', 'spread', 'room_left', 'plan', 'flop',
-           'duration']
+           'fake_activations', 'Described', 'describe', 'Plan', 'check_request', 'copied', 'converted', 'kept', 'work',
+           'estimate', 'check_alone', 'as_list', 'refuse', 'spend', 'first_name', 'optimizer_levers', 'levers', 'count',
+           'changed', 'cure', 'pull', 'relax', 'others', 'alternatives', 'advise', 'spread', 'room_left', 'plan',
+           'flop', 'duration']
 
 # %% ../nbs/12_plan.ipynb #0f7a35dd
 import inspect, math
@@ -411,6 +411,28 @@ def check_request(
         if r[name] is not None and not r[name] > 0: raise InputError(f'{name} is {r[name]}: give more than 0, or nothing.')
     return r
 
+# %% ../nbs/12_plan.ipynb #d7883b97
+def copied(shapes: dict) -> int:
+    "Numbers in the matrices that products read as they are."
+    return numbers({n: s for n, s in shapes.items() if len(s) == 2 and n != 'embed.weight' and not n.endswith('.bank') and f"{n.rpartition('.')[0]}.values" not in shapes})
+
+def converted(
+    shape: dict,  # the arguments of `Transformer`
+    shapes: dict,  # parameter name -> shape, after conversions
+    tokens: int,  # that are processed at once
+    stored: int = 4,  # bytes of a stored number
+    compute: int = 2,  # bytes of a number in a product
+    checkpoint: bool = False,  # one block at a time
+) -> float:  # bytes, below zero where less is kept
+    "What conversions add to the activations of a plain Transformer."
+    def block(i):
+        own = {n: s for n, s in shapes.items() if n.startswith(f'blocks.{i}.')}
+        ranks = sum(s[0] for n, s in own.items() if n.endswith('.A') and f'{n[:-2]}.values' not in own)
+        return compute * (ranks + 4 * (own.get(f'blocks.{i}.mlp.up.weight', [shape['hidden']])[0] - shape['hidden']))
+    blocks = [block(i) for i in range(shape['layers'])]
+    copies = compute * (copied(shapes) - copied(transformer_shapes(shape))) if compute < stored else 0
+    return tokens * (max if checkpoint else sum)(blocks) + copies
+
 # %% ../nbs/12_plan.ipynb #c3a98461
 def kept(model: Described, rows, length, precision, device, attention, checkpoint) -> tuple:  # bytes kept, bytes for the cross entropy, notes
     "Activations and temporaries of any model."
@@ -444,6 +466,7 @@ def estimate(
     saved, room, notes = kept(model, rows, length, r['precision'], r['device'], r['attention'], r['checkpoint'])
     flops, missing = work(model, length, r['checkpoint'])
     gathered = r['shard'] == 'fsdp' and r['devices'] > 1
+    if model.shape: saved += converted(model.shape, did['shapes'], rows * length, compute if gathered else stored, compute, r['checkpoint'])
     if gathered and model.shape: saved -= weight_copies(model.shape, length, stored, compute)
     sizes = dict(parameters=stored * (numbers(did['shapes']) + model.frozen) + did['buffers'], gradients=did['gradients'], optimizer=did['optimizer'],
                  activations=saved + rows * length * did['activations'], other=room)

@@ -11,7 +11,7 @@ from effpt.basics import InputError
 from effpt.ledger import count_flops, measure_activations, measure_bytes
 from effpt.loss import next_token
 from effpt.model import PRESETS, Transformer
-from effpt.plan import (PLANNED, PRECISIONS, activations, changed, complete, cure, describe, estimate, fake_activations, find_technique, levers, numbers, plan,
+from effpt.plan import (PLANNED, PRECISIONS, activations, changed, complete, converted, cure, describe, estimate, fake_activations, find_technique, levers, numbers, plan,
                         rate, recorded_rate, transformer_flops, transformer_shapes, two_moments)
 from effpt.train import adamw
 
@@ -153,7 +153,9 @@ def test_conversion():
     thin.planned = lambda shapes: dict(shapes={n: (s[0] // 2, *s[1:]) for n, s in shapes.items()}, buffers=1000, flops_per_token=-5., activations=3)
     dense, p = plan(TINY), plan(TINY, convert=thin)
     assert p.numbers * 2 == dense.numbers and p.bytes['parameters'] == dense.bytes['parameters'] / 2 + 1000 and p.flops_per_token == dense.flops_per_token - 5
-    assert p.bytes['activations'] == dense.bytes['activations'] + 3 * dense.tokens_per_step and p.bytes['optimizer'] == 8 * p.numbers + 4 * len(transformer_shapes(complete(TINY)))
+    less = converted(complete(TINY), thin.planned(transformer_shapes(complete(TINY)))['shapes'], dense.tokens_per_step)
+    assert less < 0 and p.bytes['activations'] == dense.bytes['activations'] + less + 3 * dense.tokens_per_step
+    assert p.bytes['optimizer'] == 8 * p.numbers + 4 * len(transformer_shapes(complete(TINY)))
 
 # ---- several devices, budgets
 
@@ -238,3 +240,19 @@ def test_every_technique_can_be_planned(name):
         specs.append(dict(t['case'], name=n))
     found = plan(TINY, **given)
     assert all(found.bytes[kind] > 0 for kind in ('parameters', 'gradients')) and found.numbers > 0
+
+@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+@pytest.mark.parametrize('name', sorted(n for n, t in catalog.techniques().items() if t['kind'] == 'conversion'))
+def test_activations_of_converted_models(name, precision):
+    case, shape = catalog.techniques()[name]['case'], TINY | dict(width=64, hidden=200)
+    model = find_technique(name).function(made(shape), **case)
+    batch = batch_of(8, 64)
+    kept = measure_activations(lambda: loss_of(model, batch, precision), [*model.parameters(), *model.buffers()])
+    planned = [plan(shape, convert=c, batch=8, length=64, precision=precision, device='cpu').bytes['activations'] for c in ([dict(case, name=name)], [])]
+    assert planned[0] / kept == pytest.approx(1, abs=.1)
+    if kept / planned[1] < .9 or kept / planned[1] > 1.1: assert abs(planned[0] - kept) < .3 * abs(planned[1] - kept)
+
+def test_conversions_of_a_sharded_model_count_no_copies():
+    low = [dict(name='low_rank', rank=4)]
+    one, many = (plan(TINY, convert=low, batch=n, length=32, devices=n, shard='fsdp').bytes['activations'] for n in (1, 2))
+    assert 0 < many < one
