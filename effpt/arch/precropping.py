@@ -10,7 +10,8 @@ __all__ = ['card', 'RULES', 'PASS', 'OF', 'level', 'Channels', 'total_of', 'best
 # %% ../../nbs/arch/precropping.ipynb #b5de0c3e
 card = {
     'papers': ['062'],
-    'sources': {'Pruning neural networks without any data by iteratively conserving synaptic flow': 'https://arxiv.org/abs/2006.05467'},
+    'sources': {'Structured Pruning of CNNs at Initialization (the same paper, revised)': 'https://openreview.net/forum?id=iA8XoWjDeGK',
+                'Pruning neural networks without any data by iteratively conserving synaptic flow': 'https://arxiv.org/abs/2006.05467'},
     'saves': 'parameters, gradients, optimizer state, activations and FLOPs: what is left is a smaller dense network',
     'costs': 'nothing: the widths follow from the shapes, before the first step',
     'when': 'When a given architecture is too large, its layers differ much in size, and masks would not make it faster.',
@@ -19,7 +20,8 @@ card = {
         'precrop': {'slot': 'model', 'kind': 'conversion', 'touches': ['shape', 'feed-forward', 'linear layers'], 'case': {'keep': 0.85, 'quiet': True}, 
                     'also': [{'rule': 'uniform'}], 'wrong': [{'keep': 0}, {'keep': 1.5}, {'keep': 0.001}, {'multiple': 0}]}},
     'claims': [
-        {'says': 'At the same densities of its layers, a network of fewer channels learns as well as one with single weights pruned.', 'arm': 'PreCrop, 70 %', 'cost': 'bytes'},
+        {'says': 'At the same densities of its layers, a network of fewer channels learns as well as one with single weights pruned.', 'arm': 'PreCrop, 70 %', 'cost': 'bytes',
+         'paper': {'points above pruning of weights, MobileNetV2 on ImageNet, up to': 2.7, 'points above the whole EfficientNetB0, at 0.8 of its parameters': 0.3}, 'scale': 5.3e6},
         {'says': 'Channels are dense in storage and computation, so that the saving is one of time.', 'arm': 'PreCrop, 70 %', 'cost': 'seconds'}],
 }
 

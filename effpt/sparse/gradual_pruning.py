@@ -8,6 +8,7 @@ __all__ = ['card', 'LAWS', 'sparsity_at', 'GradualPruning', 'gradual_pruning', '
 # %% ../../nbs/sparse/gradual_pruning.ipynb #1fff0b3f
 card = {
     'papers': ['058'],
+    'sources': {'Trim insignificant weights (the guide of the toolkit that grew from this paper)': 'https://www.tensorflow.org/model_optimization/guide/pruning'},
     'saves': 'bytes of the trained model: a sparse matrix keeps its nonzero numbers, and where they stand',
     'costs': 'a selection among the weights every so many steps, and a mask of a byte a weight; training itself is as dear as that of the dense model',
     'when': 'When the trained model must be small, and what runs it can read sparse matrices.',
@@ -16,8 +17,10 @@ card = {
         'gradual_pruning': {'slot': 'callbacks', 'kind': 'callback', 'touches': ['parameters', 'gradients'], 'case': {'final': .5, 'end': .6, 'every': 1},
                             'also': [{'within': 'all', 'law': 'geometric'}], 'wrong': [{'final': 1.5}, {'final': 1.0}, {'start': .9, 'end': .5}, {'every': 0}, {'initial': .9}]}},
     'claims': [
-        {'says': 'A large sparse model does better than a small dense one that is stored in as many bytes.', 'arm': 'three quarters pruned', 'cost': 'bytes', 'scale': 4e6},
-        {'says': 'A large model with nine tenths of its weights pruned does better than a small dense one that is stored in as many bytes.', 'arm': 'nine tenths pruned', 'cost': 'bytes', 'scale': 4e6}],
+        {'says': 'A large sparse model does better than a small dense one that is stored in as many bytes.', 'arm': 'three quarters pruned', 'cost': 'bytes',
+         'paper': {'top-1, InceptionV3': 78.1, 'top-1, InceptionV3, three quarters pruned': 76.1}, 'scale': 4e6},
+        {'says': 'A large model with nine tenths of its weights pruned does better than a small dense one that is stored in as many bytes.', 'arm': 'nine tenths pruned', 'cost': 'bytes',
+         'paper': {'BLEU, GNMT from English to German': 26.77, 'BLEU, nine tenths pruned': 26.19}, 'scale': 4e6}],
 }
 
 # %% ../../nbs/sparse/gradual_pruning.ipynb #3f276723
