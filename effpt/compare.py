@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 # %% ../nbs/08_compare.ipynb #87e80601
 import numpy as np, torch
+from filelock import FileLock
 from scipy import stats
 from fastcore.basics import patch
 from scipy.interpolate import CubicHermiteSpline
@@ -322,13 +323,15 @@ def once(
     *arguments,
     **about,  # kept beside the result
 ) -> dict:  # the result, or {'error': traceback}
-    "What `work` gives: read, where it has been done before, else from a process of its own."
+    "What `work` gives: read, where it has been done before or is being done elsewhere, else from a process of its own."
     path = folder/'result.json'
-    if path.exists(): return json.loads(path.read_bytes())
-    end = forked(work, *arguments, timeout=1e6)
-    if end.how != 'done': return dict(error=str(end.value).strip())
-    write_file(path, json.dumps(end.value | about | dict(date=time.strftime('%Y-%m-%d'))))
-    return end.value
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder/'lock'):   # two pages may want the same run at the same time: the second waits, and reads
+        if path.exists(): return json.loads(path.read_bytes())
+        end = forked(work, *arguments, timeout=1e6)
+        if end.how != 'done': return dict(error=str(end.value).strip())
+        write_file(path, json.dumps(end.value | about | dict(date=time.strftime('%Y-%m-%d'))))
+        return end.value
 
 def made(
     recipe: dict,

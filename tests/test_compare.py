@@ -168,3 +168,17 @@ def test_bytes_and_seconds_are_those_of_all_stages(cache):
     size = {name: found.cost('bytes', name) for name in found.names}
     assert size['thin'] < size['dense'] == size['staged'] and all(found.steps[name] > 0 for name in found.names)
     with pytest.raises(InputError, match='the baseline has its own stage'): c.ladder_for(dict(stage=[thin]), {}, 'bpb')
+
+
+def written_down(say, path):
+    "Work that leaves a line each time."
+    import time
+    with open(path, 'a') as file: file.write('done\n')
+    time.sleep(.5)
+    return dict(value=1)
+
+
+def test_work_that_two_want_at_a_time_is_done_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(3) as pool: found = [*pool.map(lambda _: c.once(tmp_path/'result', written_down, str(tmp_path/'lines')), range(3))]
+    assert [f['value'] for f in found] == [1, 1, 1] and (tmp_path/'lines').read_text() == 'done\n'
