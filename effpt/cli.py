@@ -367,8 +367,6 @@ def address(page: str) -> str:
     published = '/'.join([*page.split('/')[:-1], re.sub(r'^\d+[a-zA-Z0-9]*_', '', page.rpartition('/')[2])])
     return f'nbs/{page}.ipynb, {site()}/{published}.html'
 
-
-
 # %% ../nbs/11_cli.ipynb #b1d8379a
 def snippet(name: str, technique: dict) -> str:
     "The lines that use a technique, from Python and in a recipe."
