@@ -301,7 +301,9 @@ def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> d
     "Train one arm on one seed and say what came out."
     if threads: torch.set_num_threads(threads)
     a = full(recipe) | dict(seed=seed, out=folder, save_every='5min', keep_last=1)
-    again = (Path(folder)/'run.json').exists()
+    begun = Path(folder)/'run.json'
+    if threads and begun.exists() and json.loads(begun.read_bytes())['resolved']['threads'] > threads: shutil.rmtree(folder)   # beside others, its threads would mostly wait for each other
+    again = begun.exists()
     trainer, _ = plan_run(a, resume=again)
     try: run = trainer.fit(resume=again)
     except Diverged as e: return dict(diverged=str(e))
