@@ -76,6 +76,13 @@ def test_the_history_of_an_arm_that_was_stopped_is_whole(tmp_path):
     assert len(whole['history']) == 6 and parts['results'] == whole['results']
 
 
+def test_a_stopped_arm_takes_up_no_more_threads_than_there_is_room_for(tmp_path):
+    recipe = c.arm({}, dict(size='nano') | TINY)
+    ends = [c.forked(c.run_arm, recipe, 0, str(tmp_path/'run'), threads, timeout=120) for threads in (2, None, 1, None)]
+    assert [e.how for e in ends] == ['done'] * 4, ends
+    assert [e.value['resolved']['threads'] for e in ends] == [2, 2, 1, 1]
+
+
 @pytest.mark.parametrize('given', [{}, dict(warm=.5, floor=.2), dict(weight_decay=.3, lr=.01), dict(optimizer='adamw', schedule=['wsd'])], ids=str)
 def test_an_arm_trains_as_pretrain_does(tmp_path, given):
     "What `pretrain` chooses by itself (its schedule, its rate) an arm has too."
