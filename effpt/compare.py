@@ -473,7 +473,7 @@ def compare(
     tune: bool = True,  # give every arm's learning rate the same search
     metric: str = 'bpb',  # of the evaluation
     better: str = 'lower',  # or 'higher'
-    timing: int = 3,  # rounds of ten steps of each arm, alternating, for the seconds; 0 leaves them as the runs had them
+    timing: int = 9,  # rounds of ten steps of each arm, alternating, for the seconds; 0 leaves them as the runs had them
     processes: int = None,  # runs at a time, as `at_a_time` has it; with several each has one thread
     quiet: bool = False,  # no progress
     **shared,  # arguments of `pretrain` that all arms have
