@@ -633,17 +633,17 @@ def evidence(
     root=None,  # folder of the package, if not this one
 ) -> Shown:
     "What was found in all parts: a line for each arm that a claim is about, those that pay first; of runs that several pages have, that of a technique's own page."
-    rows, seen = {}, set()
-    for i, (source, card) in sorted(enumerate(_cards(root)), key=lambda numbered: not numbered[1][1]['techniques']):
+    rows, seen = [], set()
+    for source, card in sorted(_cards(root), key=lambda page: not page[1]['techniques']):   # pages of techniques before those that put them side by side
         r = record(source.page, root=root) or {}
         stale = ' (stale)' if r and is_stale(source.page, r, root) else ''
         for arm in dict.fromkeys(v.get('arm') for v in r.get('verdicts', ())):
-            if arm not in r['arms'] or (same := json.dumps([r['arms'][arm].get(key) for key in ('recipe', 'runs')])) in seen: continue
+            if arm not in r['arms'] or (same := fingerprint(r['arms'][arm]['recipe'], r['arms'][arm].get('runs'))) in seen: continue
             seen.add(same)
             own = [v for v in r['verdicts'] if v['arm'] == arm]
-            rows[all(v['card'] != 'pays' for v in own), i, arm] = {'technique': f'[{arm}]({source.page}.ipynb)', 'verdict': _in_short(own) + stale, **numbers(r, arm)}
-    heads = [h for h in ('technique', 'verdict', 'difference', 'state', '× tokens', '× flops', '× seconds') if any(h in row for row in rows.values())]
-    return Shown(_table([[row.get(h, '') for h in heads] for _, row in sorted(rows.items(), key=lambda item: item[0][:2])], heads) if rows else 'Nothing has been measured yet.')
+            rows.append((all(v['card'] != 'pays' for v in own), place(source.page), {'technique': f'[{arm}]({source.page}.ipynb)', 'verdict': _in_short(own) + stale, **numbers(r, arm)}))
+    heads = [h for h in ('technique', 'verdict', 'difference', 'state', '× tokens', '× flops', '× seconds') if any(h in row for *_, row in rows)]
+    return Shown(_table([[row.get(h, '') for h in heads] for *_, row in sorted(rows, key=lambda row: row[:2])], heads) if rows else 'Nothing has been measured yet.')
 
 # %% ../nbs/09_catalog.ipynb #fc2dae45
 COLUMNS = dict(state=8.5, publication=24, slot=8.5, saves=12, costs=12, verdict=9.5, year=5.5, part=9.5, page=10.5)  # name -> width in %

@@ -648,6 +648,15 @@ def search(self: Comparison) -> Table:
     found = {name: {f'{lr:.3g}': shown(loss) for lr, loss in a['tried'].items()} for name, a in self.arms.items()}
     return Table([dict(rates, arm=name) for name, rates in found.items()], ['arm', *sorted({lr for rates in found.values() for lr in rates}, key=float)])
 
+# %% ../nbs/08_compare.ipynb #6abc6a78
+@patch
+def between(self: Comparison,
+    *pairs,  # (arm, another arm)
+) -> Table:
+    "Differences between arms, two by two, with their 95 % intervals; the smoke profile leaves out what it has not run."
+    if profile() == 'smoke': pairs = [pair for pair in pairs if {*pair} <= {*self.names}]
+    return Table([{'arm': a, 'minus': b, self.metric: str(self.difference(a, b))} for a, b in pairs], ['arm', 'minus', self.metric])
+
 # %% ../nbs/08_compare.ipynb #684d8227
 def smooth_curve(
     history: list,  # rows of tokens, FLOPs, seconds, loss
