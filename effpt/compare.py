@@ -548,7 +548,9 @@ class Comparison:
         b: str,  # another one
         values: dict | None = None,  # name -> a number for each seed; what the comparison measures without it
     ) -> Interval:
-        "Loss of one arm minus that of another, or some other number of theirs."
+        "Loss of one arm minus that of another, or some other number of theirs; raises `InputError` for an arm that there is not."
+        for name in (a, b):
+            if name not in self.names: raise InputError(f"there is no arm '{name}' that ended{suggest(name, self.names)}")
         return differences(list((values or self.values).values()), self.names.index(b))[self.names.index(a)]
 
     def cost(self, kind: str, name: str) -> float:
