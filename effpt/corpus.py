@@ -811,6 +811,24 @@ def _over(fn, ds, shared, desc, quiet, dtype):
     jobs = spans(ds, size=BLOCK // 4)
     return np.concatenate([np.empty(0, dtype), *track(spread(fn, shared, jobs), len(jobs), desc, 'batch', quiet)])
 
+# %% ../nbs/00_corpus.ipynb #5a1c7de0
+def _decide(ds, held_out, near, quiet):
+    "Positions of the two parts and the report; raises `InputError` where a part would be empty."
+    keys = _over(_keys, ds, ds, 'hashing', quiet, np.uint64)
+    out = keys < np.uint64(held_out * 2**64)
+    held = np.flatnonzero(out)[np.sort(np.unique(keys[out], return_index=True)[1])]  # the first of equal ones
+    if not len(held):
+        raise InputError(f'no document of {len(keys):,} was held out at held_out={held_out}: raise it (0.1, say), '
+                         'or give more or shorter documents.')
+    others = np.flatnonzero(~out)
+    train = ds.select(others)
+    copies = _over(_copies, train, (train, shingle_index(ds.select(held)['text']), near), 'comparing', quiet, np.int64)
+    if len(copies) == len(train):
+        raise InputError(f'no document is left to train on at held_out={held_out}: lower it, or give more documents.')
+    report = dict(documents=len(keys), held_out=len(held), train=len(train) - len(copies), near_copies=len(copies),
+                  repeats=int(out.sum()) - len(held))
+    return dict(train=np.delete(others, copies), held_out=held), dict(report=report, fingerprint=fingerprint(keys.tobytes()))
+
 # %% ../nbs/00_corpus.ipynb #e1ad4418
 def split(
     ds: Dataset,    # a corpus
@@ -821,18 +839,15 @@ def split(
     "Hold documents out by hash, and remove near copies of them from training; raises `InputError` where a part would be empty."
     if not 0 < held_out < 1: raise InputError(f'held_out is {held_out}: give a share between 0 and 1, for example 0.01.')
     checked(ds, 'text')
-    keys = _over(_keys, ds, ds, 'hashing', quiet, np.uint64)
-    out = keys < np.uint64(held_out * 2**64)
-    held = np.flatnonzero(out)[np.sort(np.unique(keys[out], return_index=True)[1])]  # the first of equal ones
-    if not len(held):
-        raise InputError(f'no document of {len(keys):,} was held out at held_out={held_out}: raise it (0.1, say), '
-                         'or give more or shorter documents.')
-    train = ds.select(np.flatnonzero(~out))
-    copies = _over(_copies, train, (train, shingle_index(ds.select(held)['text']), near), 'comparing', quiet, np.int64)
-    if len(copies) == len(train):
-        raise InputError(f'no document is left to train on at held_out={held_out}: lower it, or give more documents.')
-    report = dict(documents=len(keys), held_out=len(held), train=len(train) - len(copies), near_copies=len(copies),
-                  repeats=int(out.sum()) - len(held))
+    folder = cache_folder('splits')/fingerprint('split 1', corpus_fingerprint(ds), float(held_out), float(near))
+    meta = sealed(folder)
+    if meta is None:
+        meta = {}
+        with seal(folder, meta) as part:
+            rows, found = _decide(ds, held_out, near, quiet)
+            for name, positions in rows.items(): np.save(part/f'{name}.npy', positions)
+            meta.update(found)
     if not quiet: print('held out {held_out:,} of {documents:,} documents, {train:,} left to train on; removed from training: '
-                        '{near_copies:,} near copies; dropped from the held-out part: {repeats:,} repeats'.format(**report))
-    return Split(train.select(np.delete(np.arange(len(train)), copies)), ds.select(held), report, fingerprint(keys.tobytes()))
+                        '{near_copies:,} near copies; dropped from the held-out part: {repeats:,} repeats'.format(**meta['report']))
+    train, held = (ds.select(np.load(folder/f'{name}.npy')) for name in ('train', 'held_out'))
+    return Split(train, held, meta['report'], meta['fingerprint'])

@@ -285,6 +285,22 @@ def test_held_out_is_stable_and_disjoint():
     assert len(parts.train) + len(parts.held_out) == 3000
 
 
+def test_a_split_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('EFFPT_CACHE', str(tmp_path))
+    searches, search = [], corpus._decide
+    monkeypatch.setattr(corpus, '_decide', lambda *args: searches.append(args[1:3]) or search(*args))
+    texts = [f'document {i} of some' for i in range(200)]
+    def says(parts): return parts.train['text'][:], parts.held_out['text'][:], parts.report, parts.fingerprint
+    def again(texts=texts, **arguments): return says(split(Dataset.from_dict(dict(text=texts)), **dict(held_out=.1, quiet=True) | arguments))
+    first = again()
+    assert again() == first and searches == [(.1, .8)]
+    assert again(held_out=.2)[1] != first[1] and again(near=.9) and again(texts[:150])[0] != first[0] and len(searches) == 4
+    for kept in (tmp_path/'splits').glob('*/held_out.npy'): kept.write_bytes(b'damaged')
+    assert again() == first and len(searches) == 5
+    with pytest.raises(InputError, match='no document is left'): again(held_out=1 - 1e-12)
+    assert len([*(tmp_path/'splits').iterdir()]) == 4
+
+
 def test_planted_copies_are_found():
     rng = np.random.default_rng(0)
     vocabulary = [f'word{i}' for i in range(5000)]
