@@ -491,7 +491,7 @@ def when_measured(page: str, record: dict | None, root=None) -> str:
 def _verdict_lines(record):
     "Each verdict as a sentence."
     for v in (record or {}).get('verdicts', ()):
-        yield f"**{v['card']}**{' on ' + v['cost'] if v.get('cost') else ''}{' (' + v['arm'] + ')' if v.get('arm') else ''}: “{v['says']}”, {v['claim']}"
+        yield f"**{v['card']}**{' on ' + v['cost'] if v.get('cost') else ''}{' (' + v['arm'] + ')' if v.get('arm') else ''}. Claim “{v['says'].rstrip('.')}”: *{v['claim']}*"
 
 # %% ../nbs/09_catalog.ipynb #fd713afb
 def show_card(

@@ -393,7 +393,7 @@ def show_record(page: str, record: dict | None):
     if not record: return
     print(columns([{'arm': arm, **catalog.numbers(record, arm)} for arm in record.get('arms', {})])) if record.get('arms') else None
     for v in record.get('verdicts', ()):
-        print(fill(f"{v['card']}{' on ' + v['cost'] if v.get('cost') else ''} ({v.get('arm', page)}): {v['says']}: {v['claim']}", 2, 2))
+        print(fill(f"{v['card']}{' on ' + v['cost'] if v.get('cost') else ''} ({v.get('arm', page)}). Claim “{v['says'].rstrip('.')}”: {v['claim']}", 2, 2))
         for k, value in (v.get('why') or {}).items(): print(fill(f'{k}: {value}', 6, 2))
 
 # %% ../nbs/11_cli.ipynb #8d01159f

@@ -179,7 +179,7 @@ def test_list_and_show_read_the_record(copy):
     written = catalog.write_record('zoo/toy', RECORD, 'cpu', copy.root)
     assert 'pays (bytes); saves' in effpt_of(copy, 'list').stdout
     said = effpt_of(copy, 'show', 'toy').stdout
-    for words in 'toy half', '+0.010 ± 0.010', '8 MB (67%)', 'pays on bytes (toy half): as good: partly', 'profile cpu', '× tokens': assert words in said, (words, said)
+    for words in 'toy half', '+0.010 ± 0.010', '8 MB (67%)', 'pays on bytes (toy half). Claim “as good”: partly', 'profile cpu', '× tokens': assert words in said, (words, said)
     assert effpt_of(copy, 'show', '198').stdout.startswith('APOLLO') and 'toy half' in effpt_of(copy, 'show', 'zoo/toy').stdout
     path.write_text(source('zoo/toy', code=CODE.replace('lr=1e-3', 'lr=2e-3')))
     assert '[stale]' in effpt_of(copy, 'list').stdout and 'stale' in effpt_of(copy, 'show', 'toy').stdout and 'stale' in catalog.show_card('zoo/toy', copy.root).text
