@@ -33,7 +33,7 @@ from .book import COLOURS, forked
 from .catalog import STATE
 from .ledger import machine
 from .monitor import Callback, read_metrics
-from .recipe import build, bytes_of_a_step, defaults, describe, entries, find, is_reference, pick_sizes, plan_run, pretrain, read_recipe, read_run, text_of, tiny, SLOTS
+from .recipe import build, bytes_of_a_step, defaults, describe, entries, find, is_reference, pick_sizes, plan_run, pretrain, read_recipe, read_run, stage_text, text_of, tiny, SLOTS
 from .train import Budget, Diverged
 
 # %% ../nbs/08_compare.ipynb #374d8f83
@@ -253,8 +253,9 @@ def named(own: dict) -> dict:
 def text_key(recipe: dict) -> dict:
     "Fingerprints of the text that a recipe trains and is measured on."
     a = pick_sizes(full(recipe))
-    tokenizer, train, held = text_of(a, quiet=True)
-    return dict(tokenizer=tokenizer.fingerprint, vocab=tokenizer.vocab, train=train.fingerprint, held_out=fingerprint(np.asarray(held.lengths_bytes).tobytes()), length=a['length'], eval_tokens=str(a['eval_tokens']),
+    tokenizer, train, held = text_of(a)
+    others = [stage_text(a, own, tokenizer).fingerprint for stage in a.get('stages', ()) if (own := {k: v for k, v in stage.items() if k in ('data', 'corpus')})]
+    return (dict(stages=others) if others else {}) | dict(tokenizer=tokenizer.fingerprint, vocab=tokenizer.vocab, train=train.fingerprint, held_out=fingerprint(np.asarray(held.lengths_bytes).tobytes()), length=a['length'], eval_tokens=str(a['eval_tokens']),
                 mask_documents=a['mask_documents'])
 
 def full(recipe: dict) -> dict:

@@ -10,7 +10,7 @@ __all__ = ['SCHEMA', 'BLOCK', 'PACKAGES', 'SKIP', 'TOPICS', 'TEXT', 'ROWS', 'COD
            'decoded', 'scrubbed', 'text_documents', 'missing', 'checked', 'joined', 'json_rows', 'parquet', 'as_bytes',
            'parquet_rows', 'finished', 'file_rows', 'is_binary', 'find_files', 'with_text', 'replaced', 'from_files',
            'from_dataset', 'from_hub', 'named_sets', 'load', 'words', 'content_key', 'shingles', 'Index',
-           'shingle_index', 'hits', 'contained', 'Split', 'split']
+           'shingle_index', 'hits', 'contained', 'Split', 'split', 'without_copies']
 
 # %% ../nbs/00_corpus.ipynb #6e6c22a9
 import ast, contextlib, errno, gc, gzip, hashlib, importlib.util, itertools, json, math, multiprocessing, os, re, shutil, signal
@@ -811,6 +811,20 @@ def _over(fn, ds, shared, desc, quiet, dtype):
     jobs = spans(ds, size=BLOCK // 4)
     return np.concatenate([np.empty(0, dtype), *track(spread(fn, shared, jobs), len(jobs), desc, 'batch', quiet)])
 
+def _copies_of(held, ds, near, quiet): return _over(_copies, ds, (ds, shingle_index(held['text']), near), 'comparing', quiet, np.int64)
+
+def _remember(key, decide):
+    "The arrays that `decide` gives, and what it says about them, from the cache where they are there."
+    folder = cache_folder('splits')/key
+    meta = sealed(folder)
+    if meta is None:
+        meta = {}
+        with seal(folder, meta) as part:
+            arrays, found = decide()
+            for name, array in arrays.items(): np.save(part/f'{name}.npy', array)
+            meta.update(found)
+    return {Path(file).stem: np.load(folder/file) for file in meta['files']}, meta
+
 # %% ../nbs/00_corpus.ipynb #5a1c7de0
 def _decide(ds, held_out, near, quiet):
     "Positions of the two parts and the report; raises `InputError` where a part would be empty."
@@ -821,11 +835,10 @@ def _decide(ds, held_out, near, quiet):
         raise InputError(f'no document of {len(keys):,} was held out at held_out={held_out}: raise it (0.1, say), '
                          'or give more or shorter documents.')
     others = np.flatnonzero(~out)
-    train = ds.select(others)
-    copies = _over(_copies, train, (train, shingle_index(ds.select(held)['text']), near), 'comparing', quiet, np.int64)
-    if len(copies) == len(train):
+    copies = _copies_of(ds.select(held), ds.select(others), near, quiet)
+    if len(copies) == len(others):
         raise InputError(f'no document is left to train on at held_out={held_out}: lower it, or give more documents.')
-    report = dict(documents=len(keys), held_out=len(held), train=len(train) - len(copies), near_copies=len(copies),
+    report = dict(documents=len(keys), held_out=len(held), train=len(others) - len(copies), near_copies=len(copies),
                   repeats=int(out.sum()) - len(held))
     return dict(train=np.delete(others, copies), held_out=held), dict(report=report, fingerprint=fingerprint(keys.tobytes()))
 
@@ -839,15 +852,25 @@ def split(
     "Hold documents out by hash, and remove near copies of them from training; raises `InputError` where a part would be empty."
     if not 0 < held_out < 1: raise InputError(f'held_out is {held_out}: give a share between 0 and 1, for example 0.01.')
     checked(ds, 'text')
-    folder = cache_folder('splits')/fingerprint('split 1', corpus_fingerprint(ds), float(held_out), float(near))
-    meta = sealed(folder)
-    if meta is None:
-        meta = {}
-        with seal(folder, meta) as part:
-            rows, found = _decide(ds, held_out, near, quiet)
-            for name, positions in rows.items(): np.save(part/f'{name}.npy', positions)
-            meta.update(found)
+    key = fingerprint('split 1', corpus_fingerprint(ds), float(held_out), float(near))
+    parts, meta = _remember(key, lambda: _decide(ds, held_out, near, quiet))
     if not quiet: print('held out {held_out:,} of {documents:,} documents, {train:,} left to train on; removed from training: '
                         '{near_copies:,} near copies; dropped from the held-out part: {repeats:,} repeats'.format(**meta['report']))
-    train, held = (ds.select(np.load(folder/f'{name}.npy')) for name in ('train', 'held_out'))
-    return Split(train, held, meta['report'], meta['fingerprint'])
+    return Split(ds.select(parts['train']), ds.select(parts['held_out']), meta['report'], meta['fingerprint'])
+
+# %% ../nbs/00_corpus.ipynb #71df10c7
+def without_copies(
+    ds: Dataset,    # another corpus
+    held: Dataset,  # documents that are held out
+    near=0.8,       # share of a held-out document's shingles that makes a document a copy
+    quiet=False,    # print nothing
+) -> Dataset:
+    "Leave out the documents that are or hold copies of held-out ones; raises `InputError` where none is left."
+    checked(ds, 'text')
+    def decide():
+        copies = np.isin(_over(_keys, ds, ds, 'hashing', quiet, np.uint64), np.array([content_key(t) for t in held['text']], np.uint64))
+        copies[_copies_of(held, ds, near, quiet)] = True
+        return dict(kept=np.flatnonzero(~copies)), {}
+    kept = _remember(fingerprint('copies 1', corpus_fingerprint(ds), corpus_fingerprint(held), float(near)), decide)[0]['kept']
+    if not len(kept): raise InputError(f'each of {len(ds):,} documents holds a copy of one that is held out: give other text to train on.')
+    return ds.select(kept)

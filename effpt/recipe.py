@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RATES', 'BATCHES', 'PROMPT', 'SLOTS', 'REFERENCES', 'STAGE', 'CHAINS', 'defaults', 'Trained', 'prepare',
            'first_process_first', 'pretrain', 'pick_sizes', 'optimizer_of', 'asked', 'trainer_options', 'loggers',
-           'text_of', 'stream_of', 'model_of', 'stages_of', 'WriteRecipe', 'plan_run', 'finish', 'bytes_of_a_step',
-           'summary', 'read_run', 'open_run', 'resume', 'find', 'check_arguments', 'tiny', 'base', 'is_reference',
-           'base_of', 'refer', 'entry', 'entries', 'known_arguments', 'slots_of', 'build', 'check', 'check_chain',
-           'check_together', 'is_plain', 'address', 'value_of', 'spec_of', 'written', 'describe', 'read_recipe',
-           'write_recipe', 'inline']
+           'text_of', 'stage_text', 'stream_of', 'model_of', 'stages_of', 'WriteRecipe', 'plan_run', 'finish',
+           'bytes_of_a_step', 'summary', 'read_run', 'open_run', 'resume', 'find', 'check_arguments', 'tiny', 'base',
+           'is_reference', 'base_of', 'refer', 'entry', 'entries', 'known_arguments', 'slots_of', 'build', 'check',
+           'check_chain', 'check_together', 'is_plain', 'address', 'value_of', 'spec_of', 'written', 'describe',
+           'read_recipe', 'write_recipe', 'inline']
 
 # %% ../nbs/10_recipe.ipynb #e2ec2056
 import dataclasses, inspect, itertools, json, os
@@ -25,7 +25,7 @@ from torch import nn
 from . import checkpoint
 from .basics import InputError, cache_folder, fingerprint, suggest, write_file
 from .catalog import techniques
-from .corpus import load, split
+from .corpus import load, split, without_copies
 from .ledger import machine, measure_bytes
 from .loss import bits_per_byte, next_token
 from .model import PRESETS, Transformer, eager, generate, preset
@@ -70,14 +70,17 @@ def prepare(
     strict: bool = False,  # refuse invalid UTF-8
     limit: int | None = None,  # at most so many documents
     corpus=(),  # functions Dataset -> Dataset on the training documents
+    held=None,  # documents that are held out already: no others are, and their copies are left out
     quiet: bool = False,  # print nothing
 ) -> tuple:  # tokenizer, training TokenStore, held-out TokenStore
     "Load, split, train the tokenizer, encode."
-    parts = split(load(data, column=column, strict=strict, limit=limit, quiet=quiet), held_out=held_out, quiet=quiet)
-    train = assemble([parts.train, *corpus])
+    ds = load(data, column=column, strict=strict, limit=limit, quiet=quiet)
+    if held is None: train, held, *_ = split(ds, held_out=held_out, quiet=quiet)
+    else: train = without_copies(ds, held, quiet=quiet)
+    train = assemble([train, *corpus])
     if isinstance(tokenizer, (str, os.PathLike)): tokenizer = Tokenizer.load(tokenizer)
     tokenizer = tokenizer or train_tokenizer(train, vocab=vocab, quiet=quiet)
-    return tokenizer, encode(train, tokenizer, quiet=quiet), encode(parts.held_out, tokenizer, quiet=True)
+    return tokenizer, encode(train, tokenizer, quiet=quiet), encode(held, tokenizer, quiet=True)
 
 # %% ../nbs/10_recipe.ipynb #2d7a27bb
 def first_process_first(
@@ -165,11 +168,21 @@ def loggers(names: str) -> list:
     return [known[n]() for n in wanted]
 
 # %% ../nbs/10_recipe.ipynb #536acb5d
-def text_of(a: dict, tokenizer=None, quiet=False) -> tuple:  # tokenizer, training TokenStore, held-out TokenStore
+def text_of(a: dict, tokenizer=None) -> tuple:  # tokenizer, training TokenStore, held-out TokenStore
     "The text that these arguments name."
     named = {k: a[k] for k in ('data', 'column', 'vocab', 'tokenizer', 'held_out', 'strict', 'limit')}
     if tokenizer is not None: named['tokenizer'] = tokenizer
-    return first_process_first(lambda later: prepare(**named, corpus=entries(a['corpus']), quiet=a['quiet'] or later or quiet))
+    return first_process_first(lambda later: prepare(**named, corpus=entries(a['corpus']), quiet=a['quiet'] or later))
+
+def stage_text(
+    a: dict,  # the arguments of a run
+    own: dict,  # what the stage names anew
+    tokenizer: Tokenizer,  # the run's
+):  # a TokenStore
+    "What a stage trains on, without copies of what the run holds out."
+    def of(a): return {k: a[k] for k in ('data', 'column', 'strict', 'limit')} | dict(quiet=True)
+    def made(later): return prepare(**of(a | own), tokenizer=tokenizer, corpus=entries((a | own)['corpus']), held=split(load(**of(a)), held_out=a['held_out'], quiet=True).held_out)
+    return first_process_first(made)[1]
 
 def stream_of(a: dict, train) -> TokenStream:
     "The batches that these arguments name."
@@ -192,7 +205,7 @@ def stages_of(a: dict, tokenizer) -> list:
     for stage in a.get('stages', ()):
         own = {k: v for k, v in stage.items() if k in BATCHES}
         stage = {k: v for k, v in stage.items() if k not in BATCHES}
-        if own: stage['batches'] = stream_of(a | own, text_of(a | own, tokenizer, quiet=True)[1])
+        if own: stage['batches'] = stream_of(a | own, stage_text(a, own, tokenizer))
         if 'callbacks' in stage: stage['callbacks'] = entries(stage['callbacks'])
         stages.append(stage)
     return stages

@@ -6,7 +6,8 @@ import pytest
 
 from effpt import compare as c
 from effpt.basics import InputError, rng
-from effpt.recipe import build, pretrain
+from effpt.corpus import load, split
+from effpt.recipe import build, pick_sizes, pretrain, stage_text, text_of
 
 DRAWS = 20_000
 TINY = dict(limit=200, held_out=.1, eval_tokens='2k', shape=dict(width=32, layers=1, heads=2, hidden=64), batch=4, evaluate_every=1., budget='4 steps', precision='float32', compile=False)
@@ -166,6 +167,24 @@ def test_diff_names_what_differs(tmp_path):
     assert names[0] == 'recipe.lr' and 'results.bpb' in names and not any(n.startswith('machine') for n in names)
     assert c.diff(tmp_path/'a', tmp_path/'a').rows == []
     with pytest.raises(InputError, match='nowhere does not exist'): c.diff(tmp_path/'a', 'nowhere')
+
+
+def test_stages_train_on_no_copies_of_what_is_held_out(tmp_path):
+    g = rng(0, 'copies')
+    def some(n): return [' '.join(f'word{i}' for i in g.integers(0, 500, 40)) for _ in range(n)]
+    def written(name, texts): (tmp_path/name).write_text(''.join(json.dumps(dict(text=t)) + '\n' for t in texts)); return str(tmp_path/name)
+    measured, fresh, short = some(60), some(40), [f'only {i}' for i in range(40)]   # the short ones have no shingles
+    one, other = written('one.jsonl', measured + short), written('other.jsonl', fresh + [f'before {t} after' for t in measured] + short)
+    recipe = dict(data=one, held_out=.2, stage=[dict(share=.5, data=other), dict(share=.25, data=one), dict(share=.25, batch=4)])
+    a = pick_sizes(c.full(recipe) | dict(vocab=512))
+    tokenizer, train, held = text_of(a)
+    assert held.n_docs > 10
+    assert stage_text(a, dict(data=other), tokenizer).n_docs == len(fresh + measured + short) - held.n_docs
+    assert stage_text(a, dict(data=one), tokenizer).fingerprint == train.fingerprint
+    key = c.text_key(recipe | dict(vocab=512))
+    assert key['stages'] == [stage_text(a, dict(data=text), tokenizer).fingerprint for text in (other, one)]
+    assert 'stages' not in c.text_key(recipe | dict(vocab=512, stage=[dict(share=1.)]))
+    with pytest.raises(InputError, match='holds a copy of one that is held out'): stage_text(a, dict(data=written('copies.jsonl', split(load(one, quiet=True), .2, quiet=True).held_out['text'])), tokenizer)
 
 
 def test_bytes_and_seconds_are_those_of_all_stages(cache):
