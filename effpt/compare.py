@@ -6,7 +6,7 @@
 __all__ = ['WILD', 'TUNING_SEED', 'FACTORS', 'APART', 'LADDER_SEEDS', 'PAYS', 'Interval', 'residual_variance', 'wildness',
            't_quantile', 'surely_wild', 'differences', 'Ladder', 'rejected_rungs', 'hermite', 'Multiplier', 'statistic',
            'budget_multiplier', 'rate_of', 'with_rate', 'next_rate', 'arm', 'as_recipe', 'named', 'text_key', 'full',
-           'code_of', 'code_key', 'run_key', 'in_stage', 'bytes_before', 'run_arm', 'smoothed', 'once', 'made',
+           'code_of', 'code_key', 'run_key', 'in_stage', 'bytes_at_start', 'run_arm', 'smoothed', 'once', 'made',
            'check_comparable', 'time_in_turn', 'steps_in_turn', 'own_seconds', 'costs_of', 'settle_arm', 'settle',
            'Bench', 'tune_arms', 'check_plan', 'compare', 'ruler', 'sweep', 'Comparison', 'last_line', 'ladder_key',
            'climb', 'ladder_for', 'or_why_not', 'smooth_curve', 'Claim', 'Verdict', 'judged', 'ratio', 'minus',
@@ -288,10 +288,10 @@ def in_stage(trainer, stage: int):  # a run
     run.measure_step()
     return run
 
-def bytes_before(arguments: dict, stage: int) -> list:
-    "Bytes that a step of each earlier stage keeps, by kind."
+def bytes_at_start(arguments: dict, stages: int) -> list:
+    "Bytes that the first step of each of the first stages keeps, by kind."
     found = []
-    for i in range(stage):
+    for i in range(stages):
         trainer, _ = plan_run(arguments | dict(out=None))
         trainer.advance(run := in_stage(trainer, i))
         found.append(bytes_of_a_step(run))
@@ -308,7 +308,8 @@ def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> d
     trainer, _ = plan_run(a, resume=again)
     try: run = trainer.fit(resume=again)
     except Diverged as e: return dict(diverged=str(e))
-    run.ledger.bytes = max([bytes_of_a_step(run), *bytes_before(a, len(trainer.stages) - 1)], key=lambda b: sum(b.values()))
+    changed = run.identity()['model shape'] != trainer.identity['model shape']
+    run.ledger.bytes = max([bytes_of_a_step(run), *bytes_at_start(a, len(trainer.stages) - (not changed))], key=lambda b: sum(b.values()))
     history = [row for row in read_metrics(folder) if 'evaluate' not in row]   # run.history begins where the run was resumed
     kept = history[::max(1, len(history) // 400)] + history[-1:]
     return dict(results=run.results, steps=run.step, tokens=run.tokens, ledger=run.ledger.state_dict(), resolved=run.resolved, machine=machine(),

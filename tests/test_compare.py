@@ -190,9 +190,10 @@ def test_stages_train_on_no_copies_of_what_is_held_out(tmp_path):
 def test_bytes_and_seconds_are_those_of_all_stages(cache):
     thin = dict(share=.5, model=dict(name='low_rank', rank=4, quiet=True))
     plan = dict(c.tiny(), seeds=2, tune=False, timing=1, budget='4 steps')
-    found = c.compare({'dense': {}, 'thin': {k: v for k, v in thin.items() if k == 'model'}, 'staged': dict(stage=[dict(share=.5), thin])}, **plan)
+    found = c.compare({'dense': {}, 'thin': {k: v for k, v in thin.items() if k == 'model'}, 'staged': dict(stage=[dict(share=.5), thin]), 'shrunk': dict(callbacks=dict(name='efficientllm', hidden=16, start=0., end=.5, every=1))}, **plan)
     size = {name: found.cost('bytes', name) for name in found.names}
-    assert size['thin'] < size['dense'] == size['staged'] and all(found.steps[name] > 0 for name in found.names)
+    assert size['thin'] < size['dense'] == size['staged'] == size['shrunk'] and found.arms['shrunk']['runs'][0]['parameters'] < found.arms['dense']['runs'][0]['parameters']
+    assert all(found.steps[name] > 0 for name in found.names)
     with pytest.raises(InputError, match='the baseline has its own stage'): c.ladder_for(dict(stage=[thin]), {}, 'bpb')
 
 
