@@ -288,11 +288,11 @@ def in_stage(trainer, stage: int):  # a run
     run.measure_step()
     return run
 
-def bytes_at_start(arguments: dict, stages: int) -> list:
+def bytes_at_start(recipe: dict, seed: int, stages: int) -> list:
     "Bytes that the first step of each of the first stages keeps, by kind."
     found = []
     for i in range(stages):
-        trainer, _ = plan_run(arguments | dict(out=None))
+        trainer, _ = plan_run(full(recipe) | dict(seed=seed))   # built anew: a model that the recipe refers to has been trained by now
         trainer.advance(run := in_stage(trainer, i))
         found.append(bytes_of_a_step(run))
     return found
@@ -309,7 +309,7 @@ def run_arm(say, recipe: dict, seed: int, folder: str, threads: int | None) -> d
     try: run = trainer.fit(resume=again)
     except Diverged as e: return dict(diverged=str(e))
     changed = run.identity()['model shape'] != trainer.identity['model shape']
-    run.ledger.bytes = max([bytes_of_a_step(run), *bytes_at_start(a, len(trainer.stages) - (not changed))], key=lambda b: sum(b.values()))
+    run.ledger.bytes = max([bytes_of_a_step(run), *bytes_at_start(recipe, seed, len(trainer.stages) - (not changed))], key=lambda b: sum(b.values()))
     history = [row for row in read_metrics(folder) if 'evaluate' not in row]   # run.history begins where the run was resumed
     kept = history[::max(1, len(history) // 400)] + history[-1:]
     return dict(results=run.results, steps=run.step, tokens=run.tokens, ledger=run.ledger.state_dict(), resolved=run.resolved, machine=machine(),
