@@ -286,6 +286,7 @@ def in_stage(trainer, stage: int):  # a run
     run = trainer.begin(False)
     for i in range(1, stage + 1): run.enter(i)
     run.measure_step()
+    if stage: run.marks['stage'] = run.at()
     return run
 
 def bytes_at_start(recipe: dict, seed: int, stages: int) -> list:

@@ -388,7 +388,6 @@ def enter(self: Run, stage: int):
     self.stage = stage
     if not stage: return
     self.edits.append([self.step, 'stage', dict(stage=stage)])
-    self.marks['stage'] = self.at()
 
 # %% ../nbs/06_train.ipynb #cfeaafe1
 def blocks(
@@ -775,6 +774,7 @@ def next_stage(self: Trainer, run: Run):
     starts = [sum(s['share'] for s in self.stages[:i]) for i in range(len(self.stages))]
     while run.stage + 1 < len(starts) and run.at(middle=True) >= starts[run.stage + 1] - 1e-9:
         run.enter(run.stage + 1)
+        run.marks['stage'] = run.at()   # not in `enter`: a run that is loaded has no step yet, and its marks are kept
         run.measure_step()
 
 # %% ../nbs/06_train.ipynb #4ae52e39

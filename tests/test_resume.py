@@ -55,6 +55,17 @@ def undisturbed(tmp_path_factory, text):
     return final(out), time.monotonic() - began
 
 
+@pytest.mark.parametrize('budget', ['12 steps', '1536', '1e9 FLOPs'])
+def test_a_run_of_stages_resumes_in_the_second(tmp_path, text, budget):
+    from effpt.recipe import pretrain
+    from effpt.schedule import linear
+    arguments = ARGUMENTS | dict(data=text, budget=budget, save_every=5, shape=dict(width=32, layers=1, heads=2, hidden=64), stages=[dict(share=.5), dict(share=.5, schedule=linear)])
+    run = pretrain(**arguments, out=tmp_path/'run').run
+    again = pretrain(**arguments, out=tmp_path/'run', resume=True).run
+    assert (again.step, again.stage, again.marks, again.edits) == (run.step, 1, run.marks, run.edits) and 0 < run.marks['stage'] < 1
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), again.model.parameters()))
+
+
 def in_process(*arguments):
     "Start `train` in a process that was forked from one with torch loaded."
     context = mp.get_context('forkserver')
