@@ -197,6 +197,14 @@ def test_bytes_and_seconds_are_those_of_all_stages(cache):
     with pytest.raises(InputError, match='the baseline has its own stage'): c.ladder_for(dict(stage=[thin]), {}, 'bpb')
 
 
+def test_bytes_of_stages_on_a_model_that_is_referred_to(cache):
+    tiny = {k: v for k, v in c.tiny().items() if k != 'quiet'}
+    start = dict(base='nano', budget='2 steps', **tiny)
+    compressed = dict(model=[start, dict(name='truncated_svd', quiet=True)])
+    found = c.compare({'dense': dict(model=start), 'in stages': dict(compressed, stage=[dict(share=.5), dict(share=.5)])}, **dict(c.tiny(), seeds=2, tune=False, timing=0, budget='4 steps'))
+    assert not found.errors and found.cost('bytes', 'in stages') < found.cost('bytes', 'dense')
+
+
 def written_down(say, path):
     "Work that leaves a line each time."
     import time
